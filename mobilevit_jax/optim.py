@@ -1,0 +1,96 @@
+"""Optimisers as optax chains in reading order: clip, precondition, decay, learning rate.
+
+The optimiser is the only thing that is chosen by name; all of them take the curve first and the
+same two arguments for weight decay.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from mobilevit_jax import tree
+from mobilevit_jax.schedule import Curve
+
+Optimizer = optax.GradientTransformation
+
+
+def decay_mask(params: tree.Tree, *, decay_1d: bool) -> tree.Tree:
+    """Which parameters decay: all, or (`decay_1d=False`) all but those with exactly one axis.
+
+    One axis have biases and the scales and shifts of norms. Source: spec of the cvnets recipes
+    (`no_decay_bn_filter_bias`).
+    """
+    return jax.tree.map(lambda leaf: decay_1d or leaf.ndim != 1, params)
+
+
+def _decay(weight_decay: float, decay_1d: bool) -> Optimizer:
+    return optax.add_decayed_weights(
+        weight_decay, mask=lambda params: decay_mask(params, decay_1d=decay_1d)
+    )
+
+
+def _clip(clip_norm: float) -> Optimizer:
+    return optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+
+
+def adamw(
+    curve: Curve,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    decay_1d: bool,
+    clip_norm: float,
+) -> Optimizer:
+    """AdamW with decoupled decay (arXiv 1711.05101), PyTorch's form: decay is scaled by the rate.
+
+    Args:
+        curve: learning rate by step.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: factor on the parameters.
+        decay_1d: whether biases and norm parameters decay too.
+        clip_norm: largest global L2 norm of the gradient; 0 for no clipping.
+    """
+    return optax.chain(
+        _clip(clip_norm),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        _decay(weight_decay, decay_1d),
+        optax.scale_by_learning_rate(curve),
+    )
+
+
+def sgd(
+    curve: Curve,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    decay_1d: bool,
+    clip_norm: float,
+) -> Optimizer:
+    """SGD with momentum; decay is added to the gradient (coupled L2), as PyTorch does.
+
+    Args:
+        curve: learning rate by step.
+        momentum: decay of the accumulated gradient.
+        nesterov: whether to look ahead.
+        weight_decay: factor on the parameters.
+        decay_1d: whether biases and norm parameters decay too.
+        clip_norm: largest global L2 norm of the gradient; 0 for no clipping.
+    """
+    return optax.chain(
+        _clip(clip_norm),
+        _decay(weight_decay, decay_1d),
+        optax.trace(decay=momentum, nesterov=nesterov),
+        optax.scale_by_learning_rate(curve),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+}

@@ -1,0 +1,204 @@
+"""The train, eval and predict steps: pure functions of state and batch.
+
+They are called bare in tests; train.py and the tools bind the keyword arguments, jit, donate and
+shard them.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, UInt8
+
+from mobilevit_jax.data.transforms import InputSpec
+from mobilevit_jax.schedule import Curve
+from mobilevit_jax.tasks.task import Batch, Task
+from mobilevit_jax.tree import Tree
+
+# Collections of a model that change in training beside its parameters.
+MODEL_STATE = ("batch_stats",)
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes in training, arrays only; all of it is saved.
+
+    Attributes:
+        step: number of optimiser steps done, int32.
+        params: parameters, float32.
+        model_state: the other collections of the model (batch statistics).
+        opt_state: optimiser state.
+        ema: {"params", "model_state"}, the exponential moving average of both.
+    """
+
+    # Trees all of them: the same struct also holds shapes, shardings and numpy arrays.
+    step: Tree
+    params: Tree
+    model_state: Tree
+    opt_state: Tree
+    ema: Tree
+
+    def variables(self, weights: str) -> dict[str, Tree]:
+        """What `model.apply` takes, with the "raw" or the "ema" weights."""
+        if weights == "ema":
+            return {"params": self.ema["params"], **self.ema["model_state"]}
+        return {"params": self.params, **self.model_state}
+
+
+def normalize(image: UInt8[Array, "b h w 3"], input_spec: InputSpec) -> Float[Array, "b h w 3"]:
+    """Scales uint8 RGB to 0..1, in the network's channel order, less mean, over std; float32."""
+    x = image.astype(jnp.float32) / 255.0
+    if input_spec.channel_order == "bgr":
+        x = x[..., ::-1]
+    if input_spec.mean != (0.0, 0.0, 0.0) or input_spec.std != (1.0, 1.0, 1.0):
+        x = (x - jnp.asarray(input_spec.mean)) / jnp.asarray(input_spec.std)
+    return x
+
+
+def abstract_variables(model: nn.Module, size: tuple[int, int]) -> dict[str, Tree]:
+    """Shapes and dtypes of a model's variables, for images of `size` (h, w)."""
+    init = functools.partial(model.init, mutable=["params", *MODEL_STATE])
+    return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+
+
+def init_state(
+    seed: int, *, model: nn.Module, tx: optax.GradientTransformation, size: tuple[int, int]
+) -> TrainState:
+    """Fresh weights for images of `size` (h, w); the average starts as a copy of them."""
+    variables = model.init(
+        jax.random.key(seed),
+        jnp.zeros((1, *size, 3)),
+        # Named, so that what a model sows for those who look at it is no part of the state.
+        mutable=["params", *MODEL_STATE],
+    )
+    params = variables["params"]
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=tx.init(params),
+        # Copied: the train step is donated its state, and a buffer cannot be donated twice.
+        ema=jax.tree.map(jnp.copy, {"params": params, "model_state": model_state}),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    task: Task,
+    tx: optax.GradientTransformation,
+    curve: Curve,
+    input_spec: InputSpec,
+    seed: int,
+    ema_decay: float,
+    accum: int,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimiser step on one batch.
+
+    Args:
+        state: before the step.
+        batch: `image` uint8, `label`, `mask`; b rows.
+        model: network.
+        task: loss and mixing.
+        tx: optimiser.
+        curve: learning rate by step, for the metrics (the optimiser holds it too).
+        input_spec: what the network expects of its input.
+        seed: all randomness is drawn from (seed, step), so no generator is part of the state.
+        ema_decay: share of the average that is kept at each step, such as 0.9995.
+        accum: the batch is worked on in this many equal parts and their gradients are averaged;
+            batch statistics are those of the parts.
+
+    Returns:
+        The state after the step, and loss, grad_norm and learning_rate as scalars.
+    """
+    rng_mix, rng_dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    batch = task.mix(dict(batch) | {"image": normalize(batch["image"], input_spec)}, rng_mix)
+
+    def loss_fn(params: Tree, model_state: Tree, part: Batch, rng: jax.Array) -> tuple:
+        outputs, new_model_state = model.apply(
+            {"params": params, **model_state},
+            part["image"],
+            train=True,
+            mutable=list(MODEL_STATE),
+            rngs={"dropout": rng},
+        )
+        return task.loss(outputs, part), new_model_state
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if accum == 1:
+        (loss, model_state), grads = grad_fn(state.params, state.model_state, batch, rng_dropout)
+    else:
+        # Part i takes rows i, i + accum, …: every device keeps its own rows.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1), batch
+        )  # accum b/accum …
+
+        def add_part(carry: tuple, part_and_rng: tuple) -> tuple[tuple, None]:
+            loss, model_state, grads = carry
+            part, rng = part_and_rng
+            (part_loss, model_state), part_grads = grad_fn(state.params, model_state, part, rng)
+            grads = jax.tree.map(lambda total, g: total + g / accum, grads, part_grads)
+            return (loss + part_loss / accum, model_state, grads), None
+
+        zero_grads = jax.tree.map(jnp.zeros_like, state.params)
+        carry = (jnp.zeros((), jnp.float32), state.model_state, zero_grads)
+        rngs = jax.random.split(rng_dropout, accum)
+        (loss, model_state, grads), _ = jax.lax.scan(add_part, carry, (parts, rngs))
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = jax.tree.map(
+        lambda average, new: average * ema_decay + new * (1.0 - ema_decay),
+        state.ema,
+        {"params": params, "model_state": model_state},
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": curve(state.step),
+    }
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        ema=ema,
+    )
+    return new_state, metrics
+
+
+def eval_step(
+    variables: Mapping[str, Tree],
+    totals: dict[str, Float[Array, ""]],
+    batch: Batch,
+    *,
+    model: nn.Module,
+    task: Task,
+    input_spec: InputSpec,
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Array]]:
+    """Adds one batch's sums over its valid examples to `totals`; gives the predictions as well.
+
+    Predictions that nobody fetches cost next to nothing, and one program serves both uses.
+    """
+    outputs = model.apply(variables, normalize(batch["image"], input_spec), train=False)
+    totals = jax.tree.map(jnp.add, totals, task.sums(outputs, batch))
+    return totals, task.predict(outputs)
+
+
+def predict_step(
+    variables: Mapping[str, Tree],
+    image: UInt8[Array, "b h w 3"],
+    *,
+    model: nn.Module,
+    task: Task,
+    input_spec: InputSpec,
+) -> dict[str, Array]:
+    """The task's predictions for uint8 RGB images."""
+    return task.predict(model.apply(variables, normalize(image, input_spec), train=False))

@@ -1,0 +1,396 @@
+"""The training loop, top to bottom. There is one; what it trains comes from build.py.
+
+The numbered comments are its stages in order. Checkpoint N holds the state after N steps, and a
+resumed run asks the data for batch N: the state and the step are all there is to restore.
+"""
+
+import collections
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh, NamedSharding
+
+from mobilevit_jax import build, checkpoint, evaluate, report, schedule, sharding, steps, tree
+from mobilevit_jax.data import pipeline, transforms
+from mobilevit_jax.models import zoo
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
+SHEET = 32  # images on a sample sheet
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient is no longer a number."""
+
+
+class SavedAndStopped(Exception):
+    """A signal asked the run to stop, and it has saved its state."""
+
+
+class Interrupt:
+    """Remembers a request to stop, so that the loop can save and leave between two steps."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        # SIGUSR1 is what Slurm's --signal sends ahead of the end of a job.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        # A second Ctrl-C stops at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: build.Config, workdir: pathlib.Path, *, command: str) -> dict[str, float]:
+    """Trains, or goes on with, the run in `workdir`; returns its last evaluation.
+
+    Args:
+        config: the resolved config.
+        workdir: made where it is missing; everything about the run lies there.
+        command: what was typed, for the record.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see build, data/sources and checkpoint.
+        NonFiniteError: training diverged; the checkpoints are from before.
+        SavedAndStopped: a signal came; the state is saved.
+    """
+    # 1 Workdir.
+    workdir = workdir.absolute()
+    # 2 Mesh.
+    mesh = sharding.make_mesh()
+    everywhere = sharding.replicated(mesh)
+    # 3 Build. Bad configs and missing data end here, before anything is written or compiled.
+    run = build.experiment(config)
+    network = run.network
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
+
+    # 4 Abstract state and shardings; arrays are born sharded.
+    init = functools.partial(
+        steps.init_state, run.seed, model=network.model, tx=run.tx, size=network.input_spec.size
+    )
+    abstract_state = sharding.abstract_like(jax.eval_shape(init), everywhere)
+    with contextlib.ExitStack() as stack:
+        # 5 Own checkpoint > scratch.
+        checkpoints = checkpoint.Checkpoints(workdir, keep=run.keep, note=_tell)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore(abstract_state)
+        state = restored.state if restored else _fresh(init, everywhere)
+        start = restored.step if restored else 0
+        best = checkpoints.best_metric()
+        # Only now: a config that does not fit the checkpoints must not take the place of the one
+        # that made them.
+        _record(workdir, config, network.class_names, command)
+        reporter = stack.enter_context(
+            report.Report(
+                workdir,
+                total_steps=run.total_steps,
+                start_step=start,
+                batch_size=run.batch_size,
+                writers=run.writers,
+                elapsed=restored.meta["elapsed"] if restored else 0.0,
+            )
+        )
+        _describe(reporter, run, workdir, state, start)
+        interrupt = stack.enter_context(Interrupt())
+
+        # 6 Compile ahead of time.
+        with reporter.pausing("compile"):
+            began = reporter.elapsed
+            train_program = _compile_train(run, mesh, abstract_state)
+            evaluator = evaluate.make(
+                network,
+                abstract_state.variables("raw"),
+                run.val_source,
+                mesh=mesh,
+                **run.evaluation,
+            )
+            reporter.note(
+                f"compiled in {reporter.elapsed - began:.1f} s; "
+                f"{_cost(train_program, run.batch_size)}"
+            )
+
+        def evaluate_both() -> dict[str, float]:
+            values = {
+                f"{scope}/{name}": value
+                for weights, scope in evaluate.SCOPES.items()
+                for name, value in evaluate.metrics(evaluator, state.variables(weights)).items()
+            }
+            if run.best not in values:
+                raise build.ConfigError(
+                    f"config.checkpoint.best is {run.best!r}; there are {', '.join(values)}"
+                )
+            return values
+
+        def evaluate_and_keep_best(step: int, best: float | None) -> float | None:
+            with reporter.pausing("evaluate"):
+                values = evaluate_both()
+                reporter.evaluation(step, values)
+                # Fresh weights are not worth a checkpoint.
+                if step and (best is None or values[run.best] > best):
+                    best = values[run.best]
+                    meta = {"elapsed": reporter.elapsed, "best": best, "metrics": values}
+                    checkpoints.save_best(step, state, meta)
+            return best
+
+        stack.enter_context(jax.transfer_guard("disallow"))
+        # 7 Evaluate at step 0, and where the run ended between a save and its evaluation.
+        if not _evaluated(workdir, start) and (
+            start == 0 or schedule.due(start, every=run.eval_every, total=run.total_steps)
+        ):
+            best = evaluate_and_keep_best(start, best)
+
+        # 8 Step, log, save, evaluate.
+        batches = stack.enter_context(
+            pipeline.train_batches(
+                run.train_source,
+                run.augment,
+                size=network.input_spec.size,
+                seed=run.seed,
+                batch_size=run.batch_size,
+                start_step=start,
+                threads=run.threads,
+                prefetch=run.prefetch,
+                host=(jax.process_index(), jax.process_count()),
+            )
+        )
+        pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+        for step in range(start + 1, run.total_steps + 1):
+            with reporter.waiting():
+                batch = next(batches)
+            if step == 1:
+                _sample_sheet(workdir, batch, network.class_names)
+            state, step_metrics = train_program(state, sharding.put_batch(batch, mesh))
+            pending.append(step_metrics)
+            if len(pending) > 1:
+                # The host stays one step ahead of the device and no more, or batches pile up there.
+                jax.block_until_ready(pending[-2])
+            reporter.advance(step)
+
+            due = functools.partial(schedule.due, step, total=run.total_steps)
+            stop = interrupt.name is not None
+            save_due = stop or due(every=run.save_every)
+            eval_due = due(every=run.eval_every)
+            if save_due or eval_due or due(every=run.log_every):
+                # Looked at before every save, so that what is saved is always finite.
+                reporter.log(step, _fetch(pending, step))
+            if save_due:
+                with reporter.pausing("save"):
+                    checkpoints.save(step, state, {"elapsed": reporter.elapsed})
+            if eval_due and not stop:
+                best = evaluate_and_keep_best(step, best)
+            if stop:
+                checkpoints.wait()
+                raise SavedAndStopped(
+                    f"{interrupt.name}: saved step {step} of {run.total_steps} in {workdir}; "
+                    "run the same command again to go on"
+                )
+
+        # 9 Wait for the saves, then draw.
+        checkpoints.wait()
+        with reporter.pausing("draw"):
+            _draw(workdir, run, evaluate.predictions(evaluator, state.variables("ema")))
+        rows = report.read_metrics(workdir / "metrics.jsonl")
+        last = next(row for row in reversed(rows) if run.best in row)
+        reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
+        return {name: value for name, value in last.items() if name.startswith("val")}
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fresh(init: Callable[[], steps.TrainState], sharding: NamedSharding) -> steps.TrainState:
+    # It runs once: without optimising, the CPU's compiler is done in a third of the time.
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "cpu":
+        options["xla_backend_optimization_level"] = "0"
+    return jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)()
+
+
+def _compile_train(run: build.Experiment, mesh: Mesh, abstract_state: steps.TrainState) -> Any:
+    network = run.network
+    step = functools.partial(
+        steps.train_step,
+        model=network.model,
+        task=network.task,
+        tx=run.tx,
+        curve=run.curve,
+        input_spec=network.input_spec,
+        seed=run.seed,
+        ema_decay=run.ema_decay,
+        accum=run.accum,
+    )
+    batch = sharding.abstract_batch(mesh, batch_size=run.batch_size, size=network.input_spec.size)
+    program = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return program.lower(abstract_state, batch).compile()
+
+
+def _cost(program: Any, batch_size: int) -> str:
+    """Arithmetic and memory of a compiled train step, as the compiler counts them."""
+    parts = []
+    cost = program.cost_analysis() or {}
+    if cost.get("flops", 0) > 0:
+        parts.append(f"{cost['flops'] / 1e9:.1f} GFLOP a step of {batch_size} images")
+    memory = program.memory_analysis()
+    if memory is not None:
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        parts.append(f"{held / 2**20:.0f} MiB on a device")
+    return ", ".join(parts)
+
+
+def _fetch(pending: collections.deque[dict[str, jax.Array]], step: int) -> dict[str, float]:
+    """The metrics of the steps since the last call, in one transfer; empties `pending`.
+
+    Raises:
+        NonFiniteError: one of them has a loss or gradient that is no number.
+    """
+    fetched = jax.device_get(list(pending))
+    pending.clear()
+    first = step - len(fetched) + 1
+    for i, values in enumerate(fetched):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteError(f"{name} is {values[name]} at step {first + i}")
+    return {
+        "train/loss": float(np.mean([values["loss"] for values in fetched])),
+        "train/grad_norm": float(np.mean([values["grad_norm"] for values in fetched])),
+        "train/learning_rate": float(fetched[-1]["learning_rate"]),
+    }
+
+
+def _evaluated(workdir: pathlib.Path, step: int) -> bool:
+    rows = report.read_metrics(workdir / "metrics.jsonl")
+    return any(row["step"] == step and "val/loss" in row for row in rows)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _record(
+    workdir: pathlib.Path, config: build.Config, class_names: tuple[str, ...], command: str
+) -> None:
+    """Writes down what is run: config.json, labels.json and a line in starts.jsonl."""
+    config_path = workdir / "config.json"
+    text = build.to_json(config)
+    if config_path.exists() and config_path.read_text() != text:
+        _tell_changes(json.loads(config_path.read_text()), json.loads(text))
+    _write(config_path, text)
+    _write(workdir / "labels.json", json.dumps(class_names, ensure_ascii=False, indent=0))
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": [str(device) for device in jax.devices()],
+        "host": platform.node(),
+    }
+    with (workdir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def _tell_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    before, after = tree.flatten_mapping(old), tree.flatten_mapping(new)
+    changes = [
+        f"{key} {before.get(key, 'unset')} → {after.get(key, 'unset')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    _tell(f"the config differs from the one this run began with: {'; '.join(changes)}")
+
+
+def _commit() -> str:
+    """The commit of the code that runs, with a + where files differ from it; "" outside git."""
+    root = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _describe(
+    reporter: report.Report,
+    run: build.Experiment,
+    workdir: pathlib.Path,
+    state: steps.TrainState,
+    start: int,
+) -> None:
+    """Says what is about to be trained, on what, from where."""
+    network = run.network
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    _write(workdir / "parameters.txt", overview)
+    reporter.table(zoo.summary(network.model, size=network.input_spec.size))
+    reporter.note(
+        f"{len(run.train_source):,} training and {len(run.val_source):,} validation images of "
+        f"{len(network.class_names)} classes; {run.total_steps:,} steps of {run.batch_size} images "
+        f"on {jax.device_count()} {jax.devices()[0].device_kind}; workdir {workdir}"
+    )
+    if start:
+        reporter.note(f"resuming after step {start:,} of {run.total_steps:,}")
+
+
+def _sample_sheet(
+    workdir: pathlib.Path, batch: Mapping[str, np.ndarray], class_names: tuple[str, ...]
+) -> None:
+    captions = [class_names[label] for label in batch["label"][:SHEET]]
+    report.sample_sheet(
+        workdir / "samples.png",
+        batch["image"][:SHEET],
+        captions,
+        title="first training batch, augmented",
+    )
+
+
+def _draw(workdir: pathlib.Path, run: build.Experiment, predictions: evaluate.Predictions) -> None:
+    """Pictures and tables of a finished run."""
+    names = run.network.class_names
+    report.learning_curves(workdir / "curves.png", report.read_metrics(workdir / "metrics.jsonl"))
+    report.confusion_matrix(
+        workdir / "confusion.png", predictions.label, predictions.predicted, names
+    )
+    report.per_class_csv(workdir / "per_class.csv", predictions.label, predictions.predicted, names)
+    wrong = np.flatnonzero(predictions.label != predictions.predicted)
+    worst = wrong[np.argsort(predictions.label_probability[wrong], kind="stable")][:SHEET]
+    if len(worst):
+        view = transforms.evaluation(run.network.input_spec)
+        report.sample_sheet(
+            workdir / "mistakes.png",
+            np.stack([view(run.val_source[int(i)]) for i in worst]),
+            [
+                f"{names[predictions.label[i]]} → {names[predictions.predicted[i]]}\n"
+                f"{100 * predictions.confidence[i]:.0f} %"
+                for i in worst
+            ],
+            title="worst mistakes: label → prediction, confidence",
+        )

@@ -1,0 +1,332 @@
+"""Every verb end to end through the command line, bad input included."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import launch
+from mobilevit_jax import checkpoint, optim, schedule, steps
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = "--config=tests/tiny.py"
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run; tests that change it copy it first."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    os.chdir(ROOT)
+    assert launch.main(["train", CONFIG, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_evaluation(workdir):
+    row = [row for row in rows(workdir) if "val/loss" in row][-1]
+    return {name: value for name, value in row.items() if name.startswith("val")}
+
+
+def fails(capsys, status, *argv):
+    """Runs a command that must fail; returns what it said, which must not be a traceback."""
+    assert launch.main(list(argv)) == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.startswith("launch.py: ") or "\nlaunch.py: " in said
+    return said
+
+
+def test_train_leaves_a_whole_record(trained):
+    for name in (
+        "config.json",
+        "labels.json",
+        "starts.jsonl",
+        "parameters.txt",
+        "metrics.jsonl",
+        "samples.png",
+        "curves.png",
+        "confusion.png",
+        "mistakes.png",
+        "per_class.csv",
+    ):
+        assert (trained / name).stat().st_size > 0, name
+    assert checkpoint.complete_steps(trained / "checkpoints") == [6, 8]
+    assert len(checkpoint.complete_steps(trained / "best")) == 1
+    logged = [row["step"] for row in rows(trained) if "train/loss" in row]
+    assert logged == [2, 4, 6, 8]
+    assert [row["step"] for row in rows(trained) if "val/loss" in row] == [0, 4, 8]
+    start = json.loads((trained / "starts.jsonl").read_text())
+    assert start["command"] == f"python launch.py train {CONFIG} --workdir={trained}"
+    assert start["packages"]["jax"]
+    assert json.loads((trained / "labels.json").read_text()) == [str(i) for i in range(10)]
+
+
+def test_eval_gives_the_last_numbers_of_training(trained, capsys):
+    assert launch.main(["eval", str(trained), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said.pop("step") == STEPS
+    assert said == last_evaluation(trained)
+    assert launch.main(["eval", str(trained), CONFIG]) == 0
+    said = capsys.readouterr().out
+    assert f"{100 * last_evaluation(trained)['val_ema/top1']:.2f} %" in said
+
+
+def test_eval_counts_every_image_once_for_any_batch_size(trained, capsys):
+    assert launch.main(["eval", str(trained), "--json", "--config.eval.batch_size=52"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    for name, value in last_evaluation(trained).items():
+        assert said[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_predict(trained, tmp_path, capsys):
+    digit = np.zeros((28, 28), np.uint8)
+    digit[4:24, 12:16] = 255
+    paths = [str(tmp_path / name) for name in ("one.png", "two.jpg", "three [x].bmp")]
+    for path in paths:
+        Image.fromarray(digit).resize((40, 30)).save(path)
+    assert launch.main(["predict", str(trained), *paths, "--json", "--top=20"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["image"] for each in said] == paths
+    for each in said:
+        scores = [label["score"] for label in each["labels"]]
+        assert sorted(label["label"] for label in each["labels"]) == [str(i) for i in range(10)]
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1.0, rel=1e-5)
+    assert launch.main(["predict", str(trained), paths[0], "--weights=raw"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{paths[0]}: ")
+    assert said.count("%") == 3
+
+
+def test_a_finished_run_is_not_trained_again(copied, capsys):
+    before = checkpoint.read(copied).state
+    assert launch.main(["train", CONFIG, f"--workdir={copied}"]) == 0
+    after = checkpoint.read(copied).state
+    np.testing.assert_equal(before, after)
+    assert f"resuming after step {STEPS}" in capsys.readouterr().out
+    assert [row["step"] for row in rows(copied) if "val/loss" in row] == [0, 4, 8]
+
+
+def test_print_config_shows_the_overrides(capsys):
+    argv = ["train", "--config.optimizer.lr=0.125", CONFIG, "--print_config"]
+    assert launch.main([*argv, "--config.input.size=(24,16)", "--noconfig.optimizer.decay_1d"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["optimizer"]["lr"] == 0.125
+    assert said["input"]["size"] == [24, 16]
+    assert said["optimizer"]["decay_1d"] is False
+
+
+def test_doctor(capsys):
+    assert launch.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "orbax-checkpoint" in said
+    assert "devices" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optimizr.lr=1", "did you mean optimizer.lr?"),
+        ("--config.optimizer.momentum=1", "optimizer has b1, b2, clip_norm"),
+        ("--config.stepz=1", "the config has no 'stepz'"),
+        ("--config.batch_size=abc", "--config.batch_size=abc"),
+        ("--config.batch_size=0.5", "--config.batch_size=0.5"),
+        ("--config.batch_size=18", "config.batch_size is 18; it must be a multiple of 4 devices"),
+        ("--config.accum=3", "config.accum is 3"),
+        ("--config.duration=12", "config.duration: '12' is no duration"),
+        ("--config.duration='0 steps'", "config.duration"),
+        ("--config.schedule.warmup=9 steps", "config.schedule: a warm-up of 9 steps"),
+        ("--config.model.name=resnet", "config.model: model 'resnet' is unknown"),
+        ("--config.model.width=-1.0", "config.model: width is -1.0"),
+        ("--config.model.strides=(2,2)", "config.model: strides"),
+        ("--config.input.size=(2,2)", "config.model: the image is 2x2"),
+        ("--config.input.channel_order=gbr", "config.input: "),
+        (
+            "--config.dtype=float8",
+            "config.dtype: unknown name 'float8'; there are bfloat16, float32",
+        ),
+        ("--config.task.label_smoothing=2.0", "config.task: label_smoothing is 2.0"),
+        ("--config.data.name=imagenet", "config.data: unknown name 'imagenet'"),
+        ("--config.optimizer.name=sgd", "config.optimizer: sgd has no argument 'b1'"),
+        ("--config.ema_decay=1.0", "config.ema_decay is 1.0"),
+        ("--config.log.writers=('wandbb',)", "config.log.writers: unknown name 'wandbb'"),
+        ("--config.checkpoint.keep=0", "config.checkpoint.keep is 0"),
+    ],
+)
+def test_bad_config_values(argument, message, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert message in fails(capsys, 2, "train", CONFIG, f"--workdir={workdir}", argument)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--workdir=x"], "--config=FILE is missing"),
+        (["train", CONFIG], "--workdir=DIR is missing"),
+        (["train", "--config=nowhere.py", "--workdir=x"], "there is no file nowhere.py"),
+        (["train", "--config=README.md", "--workdir=x"], "README.md is no Python file"),
+        (["train", "--config=setup.cfg:x", "--workdir=x"], "there is no file setup.cfg"),
+        (["train", f"{CONFIG}:x", "--workdir=x"], "tests/tiny.py:x cannot be loaded"),
+        (["train", "--config"], "--config needs a value"),
+        (["train", CONFIG, "--workdir=/proc/x"], "--workdir=/proc/x cannot be made"),
+        (["eval", "/nowhere"], "/nowhere is no run"),
+        (["predict", "/nowhere", "x.png"], "/nowhere"),
+        (["doctor", "--config.x=1"], "doctor takes no --config.x"),
+    ],
+)
+def test_bad_usage(argv, message, capsys):
+    assert message in fails(capsys, 2, *argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["fly"], ["train", "--confg.x=1"], ["predict", "run", "--top=0", "x"]]
+)
+def test_argparse_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch.main(argv)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def images(root, *classes):
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(np.full((20, 20), i, np.uint8)).save(root / name / f"{i}.png")
+
+
+def test_bad_data(tmp_path, capsys):
+    workdir, root = tmp_path / "run", tmp_path / "images"
+
+    def complaint():
+        data = f"--config.data={{'name': 'folder', 'root': '{root}', 'val_fraction': 0.5}}"
+        return fails(capsys, 3, "train", CONFIG, f"--workdir={workdir}", data)
+
+    assert str(root) in complaint()
+    root.mkdir()
+    assert "found 0 images" in complaint()
+    images(root, "cat", *"012345678")  # ten classes, so that the compiled programs are at hand
+    (root / "bird").mkdir()
+    assert "bird" in complaint()
+    assert not workdir.exists()
+    shutil.rmtree(root / "bird")
+    for path in root.glob("cat/*.png"):
+        path.write_bytes(path.read_bytes()[:45])
+    assert "cat" in complaint()
+    assert checkpoint.complete_steps(workdir / "checkpoints") == []
+
+
+def test_predict_names_what_it_cannot_read(trained, tmp_path, capsys):
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    assert f"cannot decode {text}" in fails(capsys, 3, "predict", str(trained), str(text))
+    assert "nowhere.png cannot be read" in fails(capsys, 3, "predict", str(trained), "nowhere.png")
+
+
+def test_another_model_in_the_same_workdir(copied, capsys):
+    config = (copied / "config.json").read_text()
+    argv = ("train", CONFIG, f"--workdir={copied}", "--config.model.width=0.5")
+    said = fails(capsys, 2, *argv)
+    assert "another model" in said
+    assert "params/head/kernel" in said
+    assert checkpoint.complete_steps(copied / "checkpoints") == [6, 8]
+    assert (copied / "config.json").read_text() == config
+    argv = ("eval", str(copied), CONFIG, "--config.model.width=0.5")
+    assert "another model" in fails(capsys, 2, *argv)
+
+
+def test_other_classes_in_eval(trained, tmp_path, capsys):
+    images(tmp_path / "images", "cat", "dog")
+    data = f"--config.data={{'name': 'folder', 'root': '{tmp_path / 'images'}'}}"
+    said = fails(capsys, 2, "eval", str(trained), data)
+    assert "the images have 2 classes (cat, dog" in said
+
+
+def test_changed_settings_are_told(copied, capsys):
+    argv = ["train", CONFIG, f"--workdir={copied}", "--config.log.every=4 steps"]
+    assert launch.main(argv) == 0
+    assert "log.every 2 steps → 4 steps" in capsys.readouterr().err
+
+
+def test_unreadable_newest_checkpoint(copied, capsys):
+    whole = checkpoint.read(copied).state
+    data = max((copied / "checkpoints" / "8" / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    (copied / "checkpoints" / "99").mkdir()  # a stray directory looks like the newest step
+    assert launch.main(["train", CONFIG, f"--workdir={copied}"]) == 0
+    said = capsys.readouterr()
+    assert f"checkpoint {copied / 'checkpoints' / '99'} cannot be read" in said.err
+    assert f"checkpoint {copied / 'checkpoints' / '8'} cannot be read" in said.err
+    assert "resuming after step 6" in said.out
+    assert len(list((copied / "unreadable").iterdir())) == 2
+    np.testing.assert_equal(checkpoint.read(copied).state, whole)
+    assert [row["step"] for row in rows(copied) if "train/loss" in row] == [2, 4, 6, 8]
+
+
+def test_no_readable_checkpoint_at_all(copied, capsys):
+    for step in (6, 8):
+        shutil.rmtree(copied / "checkpoints" / str(step) / "state")
+    said = fails(capsys, 3, "train", CONFIG, f"--workdir={copied}")
+    assert "none of the checkpoints can be read" in said
+    assert checkpoint.complete_steps(copied / "checkpoints") == [6, 8]
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_step(copied, capsys):
+    # Weights that are finite and give no finite loss, saved as step 6.
+    for step in (6, 8):
+        shutil.rmtree(copied / "checkpoints" / str(step))
+    whole = checkpoint.read(copied, "best")
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, 1e30), whole.state["params"])
+    curve = schedule.constant(peak=1.0, total=8, warmup=0, init=0.0)
+    tx = optim.adamw(
+        curve, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, decay_1d=False, clip_norm=10.0
+    )
+    state = steps.TrainState(**whole.state | {"params": params, "opt_state": tx.init(params)})
+    state = state.replace(step=np.asarray(6, np.int32))
+    checkpoints = checkpoint.Checkpoints(copied, keep=2, note=print)
+    checkpoints.save(6, state, {"elapsed": 1.0})
+    checkpoints.close()
+    said = fails(capsys, 4, "train", CONFIG, f"--workdir={copied}")
+    assert "loss is nan at step 7" in said
+    assert checkpoint.complete_steps(copied / "checkpoints") == [6]
+
+
+def test_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root on Linux")
+    try:
+        argv = [sys.executable, "launch.py", "train", CONFIG, f"--workdir={disk / 'run'}"]
+        ended = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert ended.returncode == 3, ended.stderr
+        assert "No space left on device" in ended.stderr
+        assert "run the same command again" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        for step in checkpoint.complete_steps(disk / "run" / "checkpoints"):
+            checkpoint.read(disk / "run", str(step))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,0 +1,70 @@
+"""Each optimiser against a few steps computed by hand in numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mobilevit_jax import optim
+
+RATE = 0.1
+PARAMS = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 3.0)}
+GRADS = {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.full((2,), -0.25)}
+ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.2, "clip_norm": 0.0}
+SGD = {"momentum": 0.9, "nesterov": False, "weight_decay": 0.2, "clip_norm": 0.0}
+
+
+def run(tx, steps):
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(steps):
+        updates, state = tx.update(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    return float(params["kernel"][0, 0]), float(params["bias"][0])
+
+
+def adamw_by_hand(value, grad, decay, steps):
+    m = v = 0.0
+    for t in range(1, steps + 1):
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        value -= RATE * (direction + decay * value)
+    return value
+
+
+def sgd_by_hand(value, grad, decay, steps, nesterov):
+    trace = 0.0
+    for _ in range(steps):
+        g = grad + decay * value
+        trace = 0.9 * trace + g
+        value -= RATE * (g + 0.9 * trace if nesterov else trace)
+    return value
+
+
+@pytest.mark.parametrize("decay_1d", [False, True])
+def test_adamw_decays_what_it_should(decay_1d):
+    kernel, bias = run(optim.adamw(lambda step: RATE, decay_1d=decay_1d, **ADAMW), 3)
+    assert kernel == pytest.approx(adamw_by_hand(2.0, 0.5, 0.2, 3), rel=1e-5)
+    assert bias == pytest.approx(adamw_by_hand(3.0, -0.25, 0.2 * decay_1d, 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_couples_decay_into_the_momentum(nesterov):
+    arguments = SGD | {"nesterov": nesterov}
+    kernel, bias = run(optim.sgd(lambda step: RATE, decay_1d=False, **arguments), 3)
+    assert kernel == pytest.approx(sgd_by_hand(2.0, 0.5, 0.2, 3, nesterov), rel=1e-5)
+    assert bias == pytest.approx(sgd_by_hand(3.0, -0.25, 0.0, 3, nesterov), rel=1e-5)
+
+
+def test_clipping_is_by_the_global_norm():
+    norm = np.sqrt(4 * 0.5**2 + 2 * 0.25**2)
+    arguments = SGD | {"clip_norm": 0.1, "weight_decay": 0.0}
+    kernel, _ = run(optim.sgd(lambda step: RATE, decay_1d=False, **arguments), 1)
+    assert kernel == pytest.approx(2.0 - RATE * 0.5 * 0.1 / norm, rel=1e-5)
+
+
+def test_the_curve_is_followed():
+    tx = optim.sgd(
+        lambda step: jnp.where(step == 0, 0.0, RATE), decay_1d=False, **SGD | {"weight_decay": 0.0}
+    )
+    assert run(tx, 1)[0] == 2.0
+    assert run(tx, 2)[0] == pytest.approx(2.0 - RATE * (0.5 + 0.9 * 0.5))

@@ -1,0 +1,143 @@
+"""The pure steps on a tiny network: learning, averaging, accumulation, devices, resuming."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from mobilevit_jax import optim, schedule, sharding, steps
+from mobilevit_jax.tasks import classification
+from tests.nets import SPEC, Tiny
+
+CURVE = schedule.constant(peak=1e-2, total=100, warmup=0, init=0.0)
+TX = optim.adamw(
+    CURVE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, decay_1d=False, clip_norm=1.0
+)
+
+
+def make_batch(seed, size=16):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, size).astype(np.int32)
+    image = rng.integers(0, 60, (size, 8, 8, 3)).astype(np.uint8)
+    image[np.arange(size), :, :, label] += 150  # the class is the brightest channel
+    batch = {"image": image, "label": label, "mask": np.ones(size, bool)}
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def bind(model, **changes):
+    arguments = {
+        "model": model,
+        "task": classification.classification(),
+        "tx": TX,
+        "curve": CURVE,
+        "input_spec": SPEC,
+        "seed": 0,
+        "ema_decay": 0.9,
+        "accum": 1,
+    }
+    return functools.partial(steps.train_step, **arguments | changes)
+
+
+def init(model):
+    return steps.init_state(0, model=model, tx=TX, size=SPEC.size)
+
+
+def leaves_equal(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_loss_on_one_batch_falls():
+    step = jax.jit(bind(Tiny()))
+    state, batch = init(Tiny()), make_batch(0)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 30
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
+
+
+def test_average_holds_parameters_and_batch_statistics():
+    before = init(Tiny())
+    after, _ = jax.jit(bind(Tiny()))(before, make_batch(0))
+    for part in ("params", "model_state"):
+        want = jax.tree.map(
+            lambda old, new: 0.9 * old + 0.1 * new, getattr(before, part), getattr(after, part)
+        )
+        for got, expected in zip(
+            jax.tree.leaves(after.ema[part]), jax.tree.leaves(want), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+    assert not leaves_equal(before.model_state, after.model_state)
+
+
+def test_accumulation_averages_gradients():
+    model = Tiny(norm=False)  # batch statistics are those of the parts, so they would differ
+    batch = make_batch(0)
+    whole, metrics = jax.jit(bind(model))(init(model), batch)
+    parts, metrics_of_parts = jax.jit(bind(model, accum=4))(init(model), batch)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics_of_parts["loss"]), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(
+        float(metrics_of_parts["grad_norm"]), rel=1e-5
+    )
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_device_and_four_agree():
+    assert jax.device_count() == 4
+    model, batch = Tiny(), make_batch(0)
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = Mesh(np.asarray(devices), ("data",))
+        everywhere = sharding.replicated(mesh)
+        state = jax.jit(lambda: init(model), out_shardings=everywhere)()
+        step = jax.jit(bind(model), out_shardings=everywhere)
+        for _ in range(3):
+            state, metrics = step(state, sharding.put_batch(jax.device_get(batch), mesh))
+        results.append((jax.device_get(state.params), float(metrics["loss"])))
+    (one, one_loss), (four, four_loss) = results
+    assert one_loss == pytest.approx(four_loss, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    model = Tiny(dropout=0.5)
+    state, batch = init(model), make_batch(0)
+    first = bind(model)(state, batch)[1]["loss"]
+    assert float(bind(model)(state, batch)[1]["loss"]) == float(first)
+    assert float(bind(model, seed=1)(state, batch)[1]["loss"]) != float(first)
+    later = state.replace(step=state.step + 1)
+    assert float(bind(model)(later, batch)[1]["loss"]) != float(first)
+
+
+def test_eval_counts_valid_examples_only():
+    model = Tiny()
+    state, batch = init(model), make_batch(0)
+    batch["mask"] = batch["mask"].at[10:].set(False)
+    task = classification.classification()
+    zeros = {name: jnp.zeros(()) for name in ("loss", "top1", "top5", "count")}
+    step = functools.partial(steps.eval_step, model=model, task=task, input_spec=SPEC)
+    totals, outputs = step(state.variables("raw"), zeros, batch)
+    assert float(totals["count"]) == 10
+    assert outputs["probability"].shape == (16, 3)
+    short = {name: array[:10] for name, array in batch.items()}
+    totals_of_short, _ = step(state.variables("raw"), zeros, short)
+    assert float(totals["loss"]) == pytest.approx(float(totals_of_short["loss"]), rel=1e-6)
+
+
+def test_normalize():
+    image = jnp.array([[[[0, 51, 255]]]], jnp.uint8)
+    rgb = steps.normalize(image, SPEC)
+    np.testing.assert_allclose(rgb[0, 0, 0], [0.0, 0.2, 1.0], rtol=1e-6)
+    bgr = steps.normalize(
+        image, SPEC._replace(channel_order="bgr", mean=(0.5, 0.0, 0.0), std=(0.5, 2.0, 1.0))
+    )
+    np.testing.assert_allclose(bgr[0, 0, 0], [1.0, 0.1, 0.0], rtol=1e-6)
