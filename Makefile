@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH ?= 2.13.0
 # The lock is for Python 3.11; other versions resolve pyproject.toml's ranges.
 LOCK := $(shell $(PYTHON) -c 'import sys; print("-c requirements.txt" * (sys.version_info[:2] == (3, 11)))')
 
@@ -33,7 +34,11 @@ $(VENV)/core.stamp: pyproject.toml requirements.txt
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/core.stamp
+	# The parity tests compare with the PyTorch originals. torch is pinned and CPU only: on Linux an
+	# unpinned one may bring gigabytes of CUDA; timm and torchvision would ask for it again.
+	$(BIN)/python -m pip install --quiet --no-compile torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --no-compile $(LOCK) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps timm torchvision
 	touch $@
 
 # Writes requirements.txt anew from the ranges in pyproject.toml, in a clean environment.

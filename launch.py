@@ -1,8 +1,9 @@
 """Command line: python launch.py VERB …; each verb parses its arguments and makes one call.
 
     train     train a config, or go on with the run in a workdir
-    eval      evaluate a run
-    predict   label images with a run
+    eval      evaluate a run, or any other model
+    predict   label images
+    convert   write a model for Hugging Face, timm, cvnets or this package
     doctor    say what is installed and what is missing
 
 Exit status: 0 done, 2 config or usage, 3 data or checkpoint, 4 loss or gradient not finite, 143
@@ -28,12 +29,14 @@ import logging
 import pathlib
 import re
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
 
 
@@ -68,30 +71,40 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser(
         "eval",
-        help="evaluate a run",
-        epilog="Without --config the run's own; --config.data.root=… changes a value of it.",
+        help="evaluate a run, or any other model",
+        epilog="Of a run, the images are those of its own config: --config.data.root=… changes a "
+        "value of it. Of other models --config=FILE says which images.",
         allow_abbrev=False,
     )
-    evaluate.add_argument("run", type=pathlib.Path, help="workdir of a training run")
+    evaluate.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
     evaluate.add_argument("--config", metavar="FILE", help="recipe whose data to evaluate on")
-    evaluate.add_argument(
-        "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a step"
-    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    predict = verbs.add_parser("predict", help="label images with a run", allow_abbrev=False)
-    predict.add_argument("run", type=pathlib.Path, help="workdir of a training run")
+    predict = verbs.add_parser("predict", help="label images", allow_abbrev=False)
+    predict.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
     predict.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="image file")
     predict.add_argument(
         "--top", type=_positive, default=3, metavar="N", help="labels an image (3)"
     )
-    predict.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or last"
-    )
-    predict.add_argument(
-        "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a step"
-    )
     predict.add_argument("--json", action="store_true", help="print one JSON object an image")
+
+    convert = verbs.add_parser(
+        "convert",
+        help="write a model for Hugging Face, timm, cvnets or this package",
+        allow_abbrev=False,
+    )
+    convert.add_argument("source", metavar="REFERENCE", help=REFERENCE)
+    convert.add_argument("target", metavar="TARGET", type=pathlib.Path, help="directory to make")
+    convert.add_argument("--format", required=True, choices=("hf", "timm", "cvnets", "native"))
+
+    for verb in (predict, convert):
+        verb.add_argument(
+            "--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or last"
+        )
+    for verb in (evaluate, predict, convert):
+        verb.add_argument(
+            "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best, a step"
+        )
 
     verbs.add_parser("doctor", help="say what is installed and what is missing")
     return parser
@@ -210,21 +223,41 @@ def _train(args: argparse.Namespace, config: "ConfigDict", command: str) -> None
         return
     if args.workdir is None:
         raise UsageError("--workdir=DIR is missing: where the run is to be kept")
-    from mobilevit_jax import train
-
-    train.train(config, args.workdir, command=command)
-
-
-def _eval(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from mobilevit_jax import evaluate
+    from mobilevit_jax import build, train
     from mobilevit_jax.tools import pretrained
 
-    run = pretrained.load_run(args.run, config=config, which=args.checkpoint)
-    metrics = evaluate.evaluate(config, run.network, run.weights)
+    train.train(
+        build.resolve(config, pretrained.describe, workdir=args.workdir),
+        args.workdir,
+        command=command,
+        load=lambda reference: pretrained.read(reference).pretrained.variables,
+    )
+
+
+def _eval(args: argparse.Namespace, config_arguments: Sequence[str]) -> None:
+    from mobilevit_jax import build, evaluate
+    from mobilevit_jax.tools import pretrained
+
+    if pretrained.is_run(pathlib.Path(args.reference)):
+        workdir = pathlib.Path(args.reference)
+        config = _load_config(config_arguments, workdir)
+        run = pretrained.load_run(workdir, config=config, which=args.checkpoint)
+        network, weights, about = run.network, run.weights, {"step": run.step}
+    else:
+        loaded = pretrained.read(args.reference, checkpoint=args.checkpoint).pretrained
+        config = _load_config(config_arguments)
+        network = build.Network(
+            model=loaded.model,
+            task=build.task(config),
+            input_spec=loaded.input_spec,
+            class_names=loaded.labels,
+        )
+        weights, about = {"raw": loaded.variables}, {}
+    metrics = evaluate.evaluate(config, network, weights)
     if args.json:
-        print(json.dumps({"step": run.step, **metrics}))
+        print(json.dumps({**about, **metrics}))
         return
-    print(f"{args.run}, step {run.step}")
+    print(" ".join([args.reference, *(f"{name} {value}" for name, value in about.items())]))
     for name, value in metrics.items():
         shown = f"{100 * value:.2f} %" if "/top" in name else f"{value:.4f}"
         print(f"  {name:14s} {shown}")
@@ -233,14 +266,29 @@ def _eval(args: argparse.Namespace, config: "ConfigDict") -> None:
 def _predict(args: argparse.Namespace) -> None:
     from mobilevit_jax.tools import predict, pretrained
 
-    run = pretrained.load_run(args.run, which=args.checkpoint)
-    for each in predict.predict(run, args.images, weights=args.weights, top=args.top):
+    loaded = pretrained.read(args.reference, weights=args.weights, checkpoint=args.checkpoint)
+    for each in predict.predict(loaded.pretrained, args.images, top=args.top):
         if args.json:
             labels = [{"label": label, "score": score} for label, score in each.labels]
             print(json.dumps({"image": each.image, "labels": labels}, ensure_ascii=False))
         else:
             shown = "  ".join(f"{label} {100 * score:.1f} %" for label, score in each.labels)
             print(f"{each.image}: {shown}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from mobilevit_jax.tools import convert
+
+    converted = convert.convert(
+        args.source,
+        args.target,
+        format=args.format,
+        weights=args.weights,
+        checkpoint=args.checkpoint,
+    )
+    print(f"{converted.target}: {', '.join(converted.files)}")
+    for note in converted.notes:
+        print(note)
 
 
 def _doctor() -> int:
@@ -262,9 +310,11 @@ def _run(argv: Sequence[str]) -> int:
         config = _load_config(config_arguments)
         _train(args, config, shlex.join(["python", "launch.py", *argv]))
     elif args.verb == "eval":
-        _eval(args, _load_config(config_arguments, args.run))
+        _eval(args, config_arguments)
     elif args.verb == "predict":
         _predict(args)
+    elif args.verb == "convert":
+        _convert(args)
     else:
         return _doctor()
     return 0
@@ -272,12 +322,14 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status and prints a user's mistake as one message."""
-    try:
-        return _run(argv)
-    except UsageError as error:
-        return _fail(error, 2)
-    except Exception as error:
-        return _fail(error, _status(error))
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return _run(argv)
+        except UsageError as error:
+            return _fail(error, 2)
+        except Exception as error:
+            return _fail(error, _status(error))
 
 
 def _status(error: Exception) -> int:
@@ -299,6 +351,10 @@ def _status(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return 3
     raise error
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"launch.py: warning: {message}", file=sys.stderr)
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -31,6 +31,12 @@ def get_config() -> ConfigDict:
     # Dropout before the classifier.
     config.model.dropout = 0.0
 
+    # Weights to begin with: a model reference (a workdir, a directory, a Hub id, a file of weights,
+    # a zoo name), or "" for fresh ones. It also says how pixels are interpolated and scaled.
+    config.init = ""
+    # Train the classifier alone; all else stays as `init` has it.
+    config.freeze_backbone = False
+
     # Goal: build.py:TASKS and the arguments of its function.
     config.task = ConfigDict()
     config.task.name = "classification"
@@ -89,6 +95,8 @@ def get_config() -> ConfigDict:
     config.optimizer.decay_1d = False
     # Largest global norm of the gradient; 0 for no clipping.
     config.optimizer.clip_norm = 10.0
+    # Factor on the learning rate for each stage further from the head; 1 for the same everywhere.
+    config.optimizer.layer_decay = 1.0
 
     # Learning rate over time: schedule.py:SCHEDULES and the arguments of its function.
     config.schedule = ConfigDict()

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.optimizer.lr = 1e-3
     config.optimizer.weight_decay = 0.05
     config.schedule.final = 1e-5
-    config.ema_decay = 0.999
+    config.ema_decay = 0.99
     config.eval.batch_size = 64
     config.log.every = "20 steps"
     return config

@@ -13,7 +13,7 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.batch_size = 100
-    config.duration = "12 epochs"
+    config.duration = "10 epochs"
 
     config.model.width = 0.5
     # 32 pixels: maps of 16, 16, 8, 4, 4, 4.
@@ -43,11 +43,11 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup = "1 epochs"
     config.schedule.final = 3e-5
-    # A run of 720 steps: an average over the last hundred or so.
-    config.ema_decay = 0.97
+    # A run of 400 steps: an average over the last twenty or so.
+    config.ema_decay = 0.95
 
     config.eval.batch_size = 200
-    config.eval.every = "3 epochs"
+    config.eval.every = "2 epochs"
     config.log.every = "20 steps"
-    config.checkpoint.every = "3 epochs"
+    config.checkpoint.every = "2 epochs"
     return config

@@ -6,6 +6,7 @@ the group.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import json
@@ -24,6 +25,7 @@ from mobilevit_jax.tasks import classification
 from mobilevit_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {"classification": classification.classification}
+CONFIG = "config.json"  # in a workdir
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 T = TypeVar("T")
@@ -55,6 +57,8 @@ class Experiment(NamedTuple):
     batch_size: int
     accum: int
     ema_decay: float
+    init: str
+    freeze_backbone: bool
     # Arguments of evaluate.make.
     evaluation: dict[str, int]
     threads: int
@@ -138,6 +142,47 @@ def from_json(path: pathlib.Path) -> Config:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
+def resolve(
+    config: Config,
+    describe: Callable[[str], tuple[str, zoo.nn.Module, transforms.InputSpec]],
+    *,
+    workdir: pathlib.Path,
+) -> Config:
+    """Fills in what a recipe leaves to the model it begins with (`config.init`).
+
+    That is the whole of config.model where its name is "", config.input.size and resize where they
+    are zero, and always how pixels are interpolated, ordered and scaled: it goes with the weights.
+
+    Args:
+        config: as the recipe and the command line have it.
+        describe: reference -> family, model, input specification.
+        workdir: of the run; one that began with the same model already knows it, so that going on
+            needs the reference no more.
+    """
+    if not config.init:
+        return config
+    before = from_json(workdir / CONFIG) if (workdir / CONFIG).exists() else None
+    if before is not None and before.init == config.init:
+        group, spec = plain(before.model), input_spec(before)
+    else:
+        family, model, spec = describe(config.init)
+        fields = {
+            field.name: getattr(model, field.name)
+            for field in dataclasses.fields(model)
+            if field.name not in ("num_classes", "dtype", "parent", "name")
+        }
+        group = {"name": family, **plain(fields)}
+    size, resize = plain(config.input.size), config.input.resize
+    if any(size):
+        spec = spec._replace(size=size, resize=resize or min(size))
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if not config.model.name:
+            config.model = Config(group)
+        config.input = Config(spec._asdict())
+    return config.lock()
+
+
 def _positive(key: str, value: float) -> None:
     if value < 1:
         raise ConfigError(f"config.{key} is {value}; it must be at least 1")
@@ -169,10 +214,19 @@ def network(config: Config, class_names: tuple[str, ...]) -> Network:
         steps.abstract_variables(model, spec.size)  # what a module rejects, it rejects when called
     return Network(
         model=model,
-        task=_call("task", TASKS, plain(config.task)),
+        task=task(config),
         input_spec=spec,
         class_names=class_names,
     )
+
+
+def task(config: Config) -> Task:
+    """The task of a config.
+
+    Raises:
+        ConfigError: an unknown task or argument.
+    """
+    return _call("task", TASKS, plain(config.task))
 
 
 def source(config: Config, split: str) -> sources.Source:
@@ -243,20 +297,25 @@ def experiment(config: Config) -> Experiment:
     _positive("duration", total_steps)
     warmup = in_steps("schedule.warmup", config.schedule.warmup)
     optimizer_group = plain(config.optimizer)
-    peak = optimizer_group.pop("lr")
+    peak, layer_decay = optimizer_group.pop("lr"), optimizer_group.pop("layer_decay")
     curve_group = plain(config.schedule) | {"warmup": warmup}
     curve = _call("schedule", schedule.SCHEDULES, curve_group, total=total_steps, peak=peak)
+    tx = _call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve)
+    with _reading("optimizer"):
+        tx = optim.layerwise(tx, layer_decay=layer_decay)
     return Experiment(
         network=network(config, train_source.class_names),
         train_source=train_source,
         val_source=val_source,
         augment=_call("augment", transforms.TRANSFORMS, plain(config.augment)),
-        tx=_call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve),
+        tx=optim.head_only(tx) if config.freeze_backbone else tx,
         curve=curve,
         seed=config.seed,
         batch_size=config.batch_size,
         accum=config.accum,
         ema_decay=config.ema_decay,
+        init=config.init,
+        freeze_backbone=config.freeze_backbone,
         evaluation=evaluation(config),
         threads=config.loader.threads,
         prefetch=config.loader.prefetch,

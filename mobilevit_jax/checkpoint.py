@@ -58,7 +58,7 @@ def _shapes(directory: pathlib.Path) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
-def check_matches(expected: Tree, stored: Tree, *, where: pathlib.Path) -> None:
+def check_matches(expected: Tree, stored: Tree, *, where: pathlib.Path | str) -> None:
     """Compares names and shapes of what a config builds and what a checkpoint holds.
 
     Both are mappings with "params" among their keys.
@@ -74,7 +74,7 @@ def check_matches(expected: Tree, stored: Tree, *, where: pathlib.Path) -> None:
     shown = "\n".join(f"  {line}" for line in lines[:8])
     more = f"\n  … and {len(lines) - 8} more" if len(lines) > 8 else ""
     raise MismatchError(
-        f"the checkpoint in {where} is of another model, class count or optimiser than the config "
+        f"the weights in {where} are of another model, class count or optimiser than the config "
         f"(- missing there, + only there, ~ another shape):\n{shown}{more}\n"
         "Use the config that wrote it, or another --workdir."
     )

@@ -13,6 +13,7 @@ from mobilevit_jax import tree
 from mobilevit_jax.schedule import Curve
 
 Optimizer = optax.GradientTransformation
+HEAD_DEPTH = 6  # a stem and five stages lie below the head
 
 
 def decay_mask(params: tree.Tree, *, decay_1d: bool) -> tree.Tree:
@@ -28,6 +29,48 @@ def _decay(weight_decay: float, decay_1d: bool) -> Optimizer:
     return optax.add_decayed_weights(
         weight_decay, mask=lambda params: decay_mask(params, decay_1d=decay_1d)
     )
+
+
+def depth(path: str) -> int:
+    """How deep in the network a parameter lies: 0 for the stem, i for layer_i, 6 above those."""
+    top = path.partition("/")[0]
+    if top == "stem":
+        return 0
+    return int(top.removeprefix("layer_")) if top.startswith("layer_") else HEAD_DEPTH
+
+
+def layerwise(tx: Optimizer, *, layer_decay: float) -> Optimizer:
+    """Learns slower the further a layer is from the head: by `layer_decay` for each step down.
+
+    For fine-tuning; the classifier and the last convolution learn at the full rate. Source: ELECTRA
+    (arXiv 2003.10555), appendix A, with the stem and the five stages as layers.
+
+    Raises:
+        ValueError: `layer_decay` is not above 0 and at most 1.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1")
+    if layer_decay == 1:
+        return tx
+
+    def scale(updates: tree.Tree, params: tree.Tree | None) -> tree.Tree:
+        del params
+        return tree.map_with_path(
+            lambda path, update: update * layer_decay ** (HEAD_DEPTH - depth(path)), updates
+        )
+
+    return optax.chain(tx, optax.stateless(scale))
+
+
+def head_only(tx: Optimizer) -> Optimizer:
+    """Leaves every parameter as it is but those of the classifier, the module `head`."""
+
+    def label(params: tree.Tree) -> tree.Tree:
+        return tree.map_with_path(
+            lambda path, _: "train" if path.startswith("head/") else "freeze", params
+        )
+
+    return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, label)
 
 
 def _clip(clip_norm: float) -> Optimizer:

@@ -99,6 +99,7 @@ def train_step(
     seed: int,
     ema_decay: float,
     accum: int,
+    freeze_backbone: bool,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step on one batch.
 
@@ -114,6 +115,8 @@ def train_step(
         ema_decay: share of the average that is kept at each step, such as 0.9995.
         accum: the batch is worked on in this many equal parts and their gradients are averaged;
             batch statistics are those of the parts.
+        freeze_backbone: the network computes as in evaluation (running statistics, no dropout),
+            for an optimiser that trains the head alone.
 
     Returns:
         The state after the step, and loss, grad_norm and learning_rate as scalars.
@@ -125,7 +128,7 @@ def train_step(
         outputs, new_model_state = model.apply(
             {"params": params, **model_state},
             part["image"],
-            train=True,
+            train=not freeze_backbone,
             mutable=list(MODEL_STATE),
             rngs={"dropout": rng},
         )

@@ -6,6 +6,7 @@ resumed run asks the data for batch N: the state and the step are all there is t
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -28,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from mobilevit_jax import build, checkpoint, evaluate, report, schedule, sharding, steps, tree
 from mobilevit_jax.data import pipeline, transforms
 from mobilevit_jax.models import zoo
+from mobilevit_jax.tree import Tree
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 SHEET = 32  # images on a sample sheet
@@ -64,13 +66,20 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def train(config: build.Config, workdir: pathlib.Path, *, command: str) -> dict[str, float]:
+def train(
+    config: build.Config,
+    workdir: pathlib.Path,
+    *,
+    command: str,
+    load: Callable[[str], dict[str, Tree]],
+) -> dict[str, float]:
     """Trains, or goes on with, the run in `workdir`; returns its last evaluation.
 
     Args:
         config: the resolved config.
         workdir: made where it is missing; everything about the run lies there.
         command: what was typed, for the record.
+        load: reads the variables of the model reference that `config.init` may hold.
 
     Raises:
         ConfigError, DataError, CheckpointError: see build, data/sources and checkpoint.
@@ -96,11 +105,16 @@ def train(config: build.Config, workdir: pathlib.Path, *, command: str) -> dict[
     )
     abstract_state = sharding.abstract_like(jax.eval_shape(init), everywhere)
     with contextlib.ExitStack() as stack:
-        # 5 Own checkpoint > scratch.
+        # 5 Own checkpoint > warm start > scratch.
         checkpoints = checkpoint.Checkpoints(workdir, keep=run.keep, note=_tell)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(abstract_state)
-        state = restored.state if restored else _fresh(init, everywhere)
+        if restored:
+            state = restored.state
+        else:
+            state = _fresh(init, everywhere)
+            if run.init:
+                state = _warm_start(state, load(run.init), run.init, everywhere)
         start = restored.step if restored else 0
         best = checkpoints.best_metric()
         # Only now: a config that does not fit the checkpoints must not take the place of the one
@@ -233,6 +247,30 @@ def _fresh(init: Callable[[], steps.TrainState], sharding: NamedSharding) -> ste
     return jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)()
 
 
+def _warm_start(
+    state: steps.TrainState, variables: dict[str, Tree], reference: str, sharding: NamedSharding
+) -> steps.TrainState:
+    """Puts the weights of another model into a fresh state; a head of other classes stays fresh."""
+    params = dict(variables["params"])
+    model_state = {name: variables[name] for name in state.model_state}
+    if tree.difference(state.params["head"], params.get("head", {})):
+        classes = state.params["head"]["bias"].size
+        _tell(f"{reference} has other classes: a fresh head for {classes} classes takes its place")
+        params["head"] = jax.device_get(state.params["head"])
+    checkpoint.check_matches(
+        {"params": state.params, **state.model_state},
+        {"params": params, **model_state},
+        where=reference,
+    )
+    return dataclasses.replace(
+        state,
+        params=jax.device_put(params, sharding),
+        model_state=jax.device_put(model_state, sharding),
+        # Put twice: the train step is donated its state, and a buffer cannot be donated twice.
+        ema=jax.device_put({"params": params, "model_state": model_state}, sharding),
+    )
+
+
 def _compile_train(run: build.Experiment, mesh: Mesh, abstract_state: steps.TrainState) -> Any:
     network = run.network
     step = functools.partial(
@@ -245,6 +283,7 @@ def _compile_train(run: build.Experiment, mesh: Mesh, abstract_state: steps.Trai
         seed=run.seed,
         ema_decay=run.ema_decay,
         accum=run.accum,
+        freeze_backbone=run.freeze_backbone,
     )
     batch = sharding.abstract_batch(mesh, batch_size=run.batch_size, size=network.input_spec.size)
     program = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
@@ -300,7 +339,7 @@ def _record(
     workdir: pathlib.Path, config: build.Config, class_names: tuple[str, ...], command: str
 ) -> None:
     """Writes down what is run: config.json, labels.json and a line in starts.jsonl."""
-    config_path = workdir / "config.json"
+    config_path = workdir / build.CONFIG
     text = build.to_json(config)
     if config_path.exists() and config_path.read_text() != text:
         _tell_changes(json.loads(config_path.read_text()), json.loads(text))

@@ -68,3 +68,27 @@ def test_the_curve_is_followed():
     )
     assert run(tx, 1)[0] == 2.0
     assert run(tx, 2)[0] == pytest.approx(2.0 - RATE * (0.5 + 0.9 * 0.5))
+
+
+def test_layer_decay_scales_updates_by_depth():
+    params = {
+        "stem": {"kernel": jnp.ones((2, 2))},
+        "layer_4": {"kernel": jnp.ones((2, 2))},
+        "expand": {"kernel": jnp.ones((2, 2))},
+        "head": {"kernel": jnp.ones((2, 2))},
+    }
+    arguments = SGD | {"weight_decay": 0.0, "momentum": 0.0}
+    tx = optim.layerwise(optim.sgd(lambda s: 1.0, decay_1d=False, **arguments), layer_decay=0.5)
+    updates, _ = tx.update(params, tx.init(params), params)
+    sizes = {name: -float(update["kernel"][0, 0]) for name, update in updates.items()}
+    assert sizes == {"stem": 0.5**6, "layer_4": 0.5**2, "expand": 1.0, "head": 1.0}
+    with pytest.raises(ValueError, match=r"layer_decay is 1\.5"):
+        optim.layerwise(tx, layer_decay=1.5)
+
+
+def test_head_only_leaves_the_rest_alone():
+    params = {"layer_4": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    tx = optim.head_only(optim.sgd(lambda s: 1.0, decay_1d=False, **SGD))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["layer_4"]["kernel"].any()
+    assert updates["head"]["kernel"].all()

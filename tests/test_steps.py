@@ -37,6 +37,7 @@ def bind(model, **changes):
         "seed": 0,
         "ema_decay": 0.9,
         "accum": 1,
+        "freeze_backbone": False,
     }
     return functools.partial(steps.train_step, **arguments | changes)
 
@@ -116,6 +117,19 @@ def test_dropout_is_a_function_of_seed_and_step():
     assert float(bind(model, seed=1)(state, batch)[1]["loss"]) != float(first)
     later = state.replace(step=state.step + 1)
     assert float(bind(model)(later, batch)[1]["loss"]) != float(first)
+
+
+def test_a_frozen_backbone_keeps_its_parameters_and_statistics():
+    model = Tiny(dropout=0.5)
+    before, batch = init(model), make_batch(0)
+    tx = optim.head_only(TX)
+    before = before.replace(opt_state=tx.init(before.params))
+    step = bind(model, tx=tx, freeze_backbone=True)
+    after, _ = jax.jit(step)(before, batch)
+    assert leaves_equal(before.params["stem"], after.params["stem"])
+    assert leaves_equal(before.params["norm"], after.params["norm"])
+    assert leaves_equal(before.model_state, after.model_state)
+    assert not leaves_equal(before.params["head"], after.params["head"])
 
 
 def test_eval_counts_valid_examples_only():

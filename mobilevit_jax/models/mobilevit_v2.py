@@ -1,11 +1,13 @@
-"""MobileViT v2: separable self-attention inside MobileNet v2's inverted residuals. (Mehta and Rastegari 2022, arXiv 2206.02680)
+"""MobileViT v2: separable self-attention among MobileNet v2's inverted residuals.
 
-Before editing: the network follows the code that made the published weights, which differs from the paper's table in
-layer_2 (two inverted residuals, not three). Parameter paths are public: checkpoints and converters rely on them.
+Mehta and Rastegari 2022, "Separable self-attention for mobile vision transformers", arXiv
+2206.02680. Before editing: the network follows the code that made the published weights, which has
+two inverted residuals in layer_2 where the paper's table reads as three. Parameter paths are
+public: checkpoints and converters rely on them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +16,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mobilevit_jax.models import layers
-from mobilevit_jax.models.attention import PATCH, SeparableSelfAttention
+from mobilevit_jax.models import attention, layers
+from mobilevit_jax.models.attention import PATCH
+from mobilevit_jax.models.convolution import resize_align_corners
 from mobilevit_jax.models.layers import Conv, ConvNorm, GroupNorm, InvertedResidual, Linear
 
 
@@ -26,7 +29,7 @@ class StageRow(NamedTuple):
     divisor: int  # the scaled feature count is a multiple of it
     blocks: int  # inverted residuals; the first one has the stage's stride
     token_width: int  # of the MobileViT block that follows them
-    attention_layers: int  # in that block; 0: there is no block
+    attention_layers: int  # in that block; with 0 there is no block
 
 
 STAGES = (
@@ -39,8 +42,9 @@ STAGES = (
 
 
 class AttentionLayer(nn.Module):
-    """Pre-norm separable attention and a two-layer feed-forward net, each added to its input."""
+    """Pre-norm attention and a two-layer feed-forward net, each added to its input."""
 
+    self_attention: Callable[..., nn.Module]
     dropout: float = 0.0
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
@@ -50,24 +54,26 @@ class AttentionLayer(nn.Module):
         """Attend, then transform every token."""
         options = {"weight_init": self.weight_init, "dtype": self.dtype}
         y = GroupNorm(dtype=self.dtype, name="norm_1")(x)
-        y = SeparableSelfAttention(**options, name="attention")(y)
+        y = self.self_attention(**options, name="attention")(y)
         x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
 
         hidden = 2 * x.shape[-1] // 16 * 16
         y = GroupNorm(dtype=self.dtype, name="norm_2")(x)
         y = Conv(hidden, kernel_size=1, use_bias=True, **options, name="ffn_1")(y)
-        y = Conv(x.shape[-1], kernel_size=1, use_bias=True, **options, name="ffn_2")(jax.checkpoint(nn.silu)(y))
+        y = jax.checkpoint(nn.silu)(y)  # its gradient needs y, not also the sigmoid
+        y = Conv(x.shape[-1], kernel_size=1, use_bias=True, **options, name="ffn_2")(y)
         return x + nn.Dropout(self.dropout, deterministic=not train)(y)
 
 
 class MobileViTV2Block(nn.Module):
-    """Local features by a depthwise convolution, global ones by attention layers; no skip, no fusion. (Paper, figure 3)
+    """Local features by a depthwise convolution, global ones by attention; no skip, no fusion.
 
     A map with an odd side is first resized up to an even one and stays so: 7x7 in, 8x8 out.
     """
 
     token_width: int
     attention_layers: int
+    self_attention: Callable[..., nn.Module]
     dropout: float = 0.0
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
@@ -79,14 +85,17 @@ class MobileViTV2Block(nn.Module):
         features = x.shape[-1]
         even = tuple(math.ceil(side / PATCH) * PATCH for side in x.shape[1:3])
         if even != x.shape[1:3]:
-            x = layers.resize_align_corners(x, size=even)
+            x = resize_align_corners(x, size=even)
 
-        x = ConvNorm(
+        local = ConvNorm(
             features, groups=features, activation=nn.silu, **options, name="local_depthwise"
-        )(x, train=train)
+        )
+        x = local(x, train=train)
         x = Conv(self.token_width, kernel_size=1, **options, name="local_pointwise")(x)
         for i in range(self.attention_layers):
-            layer = AttentionLayer(dropout=self.dropout, **options, name=f"attention_{i}")
+            layer = AttentionLayer(
+                self.self_attention, dropout=self.dropout, **options, name=f"attention_{i}"
+            )
             x = layer(x, train=train)
         x = GroupNorm(dtype=self.dtype, name="norm")(x)
         return ConvNorm(features, kernel_size=1, **options, name="project")(x, train=train)
@@ -100,6 +109,7 @@ class Stage(nn.Module):
     blocks: int
     token_width: int
     attention_layers: int
+    self_attention: Callable[..., nn.Module]
     dropout: float = 0.0
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
@@ -113,20 +123,22 @@ class Stage(nn.Module):
             block = InvertedResidual(self.features, stride=stride, **options, name=f"block_{i}")
             x = block(x, train=train)
         if self.attention_layers:
-            x = MobileViTV2Block(
+            block = MobileViTV2Block(
                 token_width=self.token_width,
                 attention_layers=self.attention_layers,
+                self_attention=self.self_attention,
                 dropout=self.dropout,
                 **options,
                 name="mobilevit",
-            )(x, train=train)
+            )
+            x = block(x, train=train)
         return x
 
 
 class MobileViTV2(nn.Module):
     """The classifier; `width` 0.5 to 2.0 are the published sizes.
 
-    Takes images of any size and aspect as long as no map shrinks to nothing: at the standard strides 32 pixels a side.
+    Takes images of any size and aspect whose sides are at least the product of the strides, 32.
     """
 
     num_classes: int
@@ -134,6 +146,9 @@ class MobileViTV2(nn.Module):
     strides: Sequence[int] = (2, 1, 2, 2, 2, 2)  # stem, layer_1 … layer_5; each 1 or 2
     dropout: float = 0.0  # before the classifier
     block_dropout: float = 0.0  # on both residual branches of every attention layer
+    attention: str = "separable"  # key of attention.ATTENTIONS
+    heads: int = 4  # of the kinds that have some
+    latents: int = 256  # tokens that linformer's attention looks at
     weight_init: str = "torch"  # or "kaiming": see layers.check_weight_init
     dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
 
@@ -141,47 +156,43 @@ class MobileViTV2(nn.Module):
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
         """Return `logits` (b, k) in float32 and `stages`, the maps after layer_1 … layer_5.
 
-        Training needs the rng "dropout" where a dropout is on, and the collection batch_stats mutable.
-        Raises ValueError for an image smaller than the network's total stride and for a field out of its range.
+        Training needs the collection batch_stats mutable and, where a dropout is on, the rng
+        "dropout". Raises ValueError for a field out of its range and for an image too small.
         """
-        self._check(image.shape[1:3])
-        options = {"weight_init": self.weight_init, "dtype": self.dtype}
-        stem = layers.make_divisible(layers.bound(32 * self.width, 16, 64), 8, minimum=16)
-        x = ConvNorm(stem, stride=self.strides[0], activation=nn.silu, **options, name="stem")(
-            image, train=train
+        layers.check_network(
+            image.shape[1:3],
+            num_classes=self.num_classes,
+            strides=self.strides,
+            dropouts={"dropout": self.dropout, "block_dropout": self.block_dropout},
+            weight_init=self.weight_init,
+            dtype=self.dtype,
         )
+        layers.check_width(self.width)
+        options = {"weight_init": self.weight_init, "dtype": self.dtype}
+        features = layers.make_divisible(layers.bound(32 * self.width, 16, 64), 8, minimum=16)
+        stem = ConvNorm(
+            features, stride=self.strides[0], activation=nn.silu, **options, name="stem"
+        )
+        x = stem(image, train=train)
         stages = []
         for i, (row, stride) in enumerate(zip(STAGES, self.strides[1:], strict=True), start=1):
-            x = Stage(
+            stage = Stage(
                 features=layers.make_divisible(row.features * self.width, row.divisor),
                 stride=stride,
                 blocks=row.blocks,
                 token_width=layers.make_divisible(row.token_width * self.width, 8),
                 attention_layers=row.attention_layers,
+                self_attention=attention.kind(
+                    self.attention, heads=self.heads, latents=self.latents
+                ),
                 dropout=self.block_dropout,
                 **options,
                 name=f"layer_{i}",
-            )(x, train=train)
+            )
+            x = stage(x, train=train)
             stages.append(x)
 
         x = x.astype(jnp.float32).mean((1, 2))  # b c
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = Linear(self.num_classes, weight_init=self.weight_init, name="head")(x)
         return {"logits": logits, "stages": tuple(stages)}
-
-    def _check(self, size: tuple[int, int]) -> None:
-        layers.check_weight_init(self.weight_init)
-        if self.width <= 0:
-            raise ValueError(f"width is {self.width}; use a positive number, such as 0.5 or 1.0")
-        if len(self.strides) != 6 or any(stride not in (1, 2) for stride in self.strides):
-            raise ValueError(
-                f"strides is {self.strides}; use six numbers, each 1 or 2: for the stem and layer_1 to layer_5"
-            )
-        if jnp.dtype(self.dtype).name not in ("float32", "bfloat16"):
-            raise ValueError(f'dtype is {self.dtype}; use "float32" or "bfloat16"')
-        smallest = math.prod(self.strides)
-        if min(size) < smallest:
-            raise ValueError(
-                f"the image is {size[0]}x{size[1]} pixels; with strides {tuple(self.strides)} both sides must be at least "
-                f"{smallest}: use larger images, or strides of 1"
-            )

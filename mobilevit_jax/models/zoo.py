@@ -1,7 +1,7 @@
-"""Names of architectures and published models, how to build them, and what they cost.
+"""The architectures and published models by name: how to build them, and what they cost.
 
-Before editing: zoo names are public. A row's parameter and MAC counts are typed in, not computed, so that a test can tell
-when an architecture drifts; they are exact and agree with the published code at 1000 classes.
+Before editing: zoo names are public. The counts of a row are typed in, so that a test can tell when
+an architecture drifts; they agree with the published code.
 """
 
 import dataclasses
@@ -17,24 +17,74 @@ from jax.typing import DTypeLike
 
 from mobilevit_jax.models.attention import SeparableSelfAttention
 from mobilevit_jax.models.layers import Conv, Linear
+from mobilevit_jax.models.mobilenet import MobileNetV1, MobileNetV2, MobileNetV3
+from mobilevit_jax.models.mobilevit import MobileViT
 from mobilevit_jax.models.mobilevit_v2 import MobileViTV2
 
-FAMILIES: Mapping[str, type[nn.Module]] = {"mobilevit_v2": MobileViTV2}
+_V1 = "mobilevit"
+_V2 = "mobilevit_v2"
+_MN1, _MN2, _MN3 = "mobilenet_v1", "mobilenet_v2", "mobilenet_v3"
+
+FAMILIES: Mapping[str, type[nn.Module]] = {
+    _V1: MobileViT,
+    _V2: MobileViTV2,
+    _MN1: MobileNetV1,
+    _MN2: MobileNetV2,
+    _MN3: MobileNetV3,
+}
 
 
 class ZooEntry(NamedTuple):
-    """A published model at 1000 classes."""
+    """A published model."""
 
     family: str  # key of FAMILIES
     fields: Mapping[str, Any]  # of the family's module
-    size: tuple[int, int]  # height and width of the images it was trained for
+    size: tuple[int, int]  # (h, w) of the images it was trained for
     params: int
-    macs: int  # at `size`, by the rule of `summary`
+    macs: int  # for one image of that size, by the rule of `summary`
+    num_classes: int = 1000
 
 
+# Names as in timm where it has the network; its MobileNets are other ones than these. in22k stands
+# for ImageNet-21k-P with 10450 classes. Counts: cvnets code at commit 7771756; MACs agree with the
+# v2 paper's appendix.
+# fmt: off
 ZOO: Mapping[str, ZooEntry] = {
-    "mobilevitv2_050": ZooEntry("mobilevit_v2", {"width": 0.5}, (256, 256), 1_370_593, 0),
+    "mobilevit_xxs": ZooEntry(_V1, {"variant": "xxs"}, (256, 256), 1_272_024, 329_179_648),
+    "mobilevit_xs": ZooEntry(_V1, {"variant": "xs"}, (256, 256), 2_317_848, 908_635_136),
+    "mobilevit_s": ZooEntry(_V1, {"variant": "s"}, (256, 256), 5_578_632, 1_823_196_160),
+    "mobilevitv2_050": ZooEntry(_V2, {"width": 0.5}, (256, 256), 1_370_593, 464_594_944),
+    "mobilevitv2_075": ZooEntry(_V2, {"width": 0.75}, (256, 256), 2_866_009, 1_027_980_288),
+    "mobilevitv2_100": ZooEntry(_V2, {"width": 1.0}, (256, 256), 4_901_841, 1_812_090_880),
+    "mobilevitv2_125": ZooEntry(_V2, {"width": 1.25}, (256, 256), 7_478_089, 2_816_926_720),
+    "mobilevitv2_150": ZooEntry(_V2, {"width": 1.5}, (256, 256), 10_594_753, 4_042_487_808),
+    "mobilevitv2_175": ZooEntry(_V2, {"width": 1.75}, (256, 256), 14_251_833, 5_488_774_144),
+    "mobilevitv2_200": ZooEntry(_V2, {"width": 2.0}, (256, 256), 18_449_329, 7_155_785_728),
+    "mobilevitv2_050_384": ZooEntry(_V2, {"width": 0.5}, (384, 384), 1_370_593, 1_045_018_624),
+    "mobilevitv2_075_384": ZooEntry(_V2, {"width": 0.75}, (384, 384), 2_866_009, 2_312_475_648),
+    "mobilevitv2_100_384": ZooEntry(_V2, {"width": 1.0}, (384, 384), 4_901_841, 4_076_564_480),
+    "mobilevitv2_125_384": ZooEntry(_V2, {"width": 1.25}, (384, 384), 7_478_089, 6_337_285_120),
+    "mobilevitv2_150_384": ZooEntry(_V2, {"width": 1.5}, (384, 384), 10_594_753, 9_094_637_568),
+    "mobilevitv2_175_384": ZooEntry(_V2, {"width": 1.75}, (384, 384), 14_251_833, 12_348_621_824),
+    "mobilevitv2_200_384": ZooEntry(_V2, {"width": 2.0}, (384, 384), 18_449_329, 16_099_237_888),
+    "mobilevitv2_150_in22k": ZooEntry(
+        _V2, {"width": 1.5}, (256, 256), 17_861_803, 4_049_745_408, num_classes=10450),
+    "mobilevitv2_175_in22k": ZooEntry(
+        _V2, {"width": 1.75}, (256, 256), 22_728_483, 5_497_241_344, num_classes=10450),
+    "mobilevitv2_200_in22k": ZooEntry(
+        _V2, {"width": 2.0}, (256, 256), 28_135_579, 7_165_462_528, num_classes=10450),
+    "mobilenetv1_025": ZooEntry(_MN1, {"width": 0.25}, (224, 224), 470_520, 46_248_576),
+    "mobilenetv1_050": ZooEntry(_MN1, {"width": 0.5}, (224, 224), 1_331_592, 149_497_088),
+    "mobilenetv1_075": ZooEntry(_MN1, {"width": 0.75}, (224, 224), 2_586_264, 333_830_016),
+    "mobilenetv1_100": ZooEntry(_MN1, {"width": 1.0}, (224, 224), 4_231_976, 568_740_352),
+    "mobilenetv2_025": ZooEntry(_MN2, {"width": 0.25}, (224, 224), 1_520_264, 50_447_776),
+    "mobilenetv2_050": ZooEntry(_MN2, {"width": 0.5}, (224, 224), 1_969_448, 105_962_816),
+    "mobilenetv2_075": ZooEntry(_MN2, {"width": 0.75}, (224, 224), 2_636_872, 214_288_096),
+    "mobilenetv2_100": ZooEntry(_MN2, {"width": 1.0}, (224, 224), 3_504_872, 300_774_272),
+    "mobilenetv3_small": ZooEntry(_MN3, {"variant": "small"}, (224, 224), 2_508_712, 52_749_504),
+    "mobilenetv3_large": ZooEntry(_MN3, {"variant": "large"}, (224, 224), 5_437_728, 210_645_056),
 }
+# fmt: on
 
 
 class SummaryRow(NamedTuple):
@@ -51,7 +101,8 @@ def create(
 ) -> nn.Module:
     """Build a module of the family `name`.
 
-    Raises ValueError for an unknown family or field, naming the ones there are.
+    Raises ValueError for an unknown family or field, naming the ones there are. What a module finds
+    wrong with a field's value it says when it is first called.
     """
     if name not in FAMILIES:
         raise ValueError(f"model {name!r} is unknown; use one of {', '.join(sorted(FAMILIES))}")
@@ -66,10 +117,12 @@ def create(
 
 
 def summary(model: nn.Module, *, size: tuple[int, int]) -> list[SummaryRow]:
-    """Shape, parameters and multiply-accumulates of every stage for one image of `size` (h, w), then the total.
+    """Shape, parameters and multiply-accumulates of every stage for one image of `size` (h, w).
 
-    MACs count convolutions and linear layers only (kernel elements times output positions), as published figures for
-    MobileViT do: no biases, norms, activations, resizes, nor products inside the attention. Nothing is computed: shapes only.
+    A stage is a child of the model; the last row is the total. MACs count convolutions and linear
+    layers only, as published figures for MobileViT do: kernel elements times output positions. No
+    biases, norms, activations, resizes, nor products inside an attention. Separable attention is
+    counted as defined, though it forms fewer keys. Shapes only: nothing is computed.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     macs: Counter[str] = Counter()
@@ -78,13 +131,15 @@ def summary(model: nn.Module, *, size: tuple[int, int]) -> list[SummaryRow]:
         call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext
     ) -> Any:
         outputs = call(*args, **kwargs)
-        path = context.module.path
-        if context.method_name == "__call__" and len(path) == 1:
-            shapes[path[0]] = outputs.shape[1:]
-        if isinstance(context.module, Conv | Linear | SeparableSelfAttention):
-            params = context.module.variables["params"]
+        module = context.module
+        if context.method_name != "__call__" or not module.path:
+            return outputs
+        if len(module.path) == 1:
+            shapes[module.path[0]] = outputs.shape[1:]
+        if isinstance(module, Conv | Linear | SeparableSelfAttention):
+            params = module.variables["params"]
             kernel = params["kernel"] if "kernel" in params else params["qkv"]["kernel"]
-            macs[path[0]] += kernel.size * math.prod(outputs.shape[:-1])
+            macs[module.path[0]] += kernel.size * math.prod(outputs.shape[:-1])
         return outputs
 
     with nn.intercept_methods(record):

@@ -10,6 +10,7 @@ import numpy as np
 
 from mobilevit_jax import steps
 from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.tasks import classification
 from mobilevit_jax.tools import pretrained
 
 BATCH = 16
@@ -23,40 +24,39 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    run: pretrained.Run, images: Sequence[pathlib.Path], *, weights: str = "ema", top: int = 3
+    model: pretrained.Pretrained, images: Sequence[pathlib.Path], *, top: int = 3
 ) -> Iterator[Prediction]:
     """Labels image files, in their order.
 
     Args:
-        run: network and weights.
+        model: network and weights.
         images: files of any type that Pillow reads.
-        weights: "ema" or "raw".
         top: how many labels an image; at most the number of classes.
 
     Raises:
         DataError: a file is missing or no image.
     """
-    network = run.network
-    view = transforms.evaluation(network.input_spec)
+    size = model.input_spec.size
+    view = transforms.evaluation(model.input_spec)
     step = jax.jit(
         functools.partial(
             steps.predict_step,
-            model=network.model,
-            task=network.task,
-            input_spec=network.input_spec,
+            model=model.model,
+            task=classification.classification(),
+            input_spec=model.input_spec,
         )
     )
     # One size of batch, so that one program serves all.
     batch_size = min(BATCH, len(images))
     for begin in range(0, len(images), batch_size):
         paths = images[begin : begin + batch_size]
-        batch = np.zeros((batch_size, *network.input_spec.size, 3), np.uint8)
+        batch = np.zeros((batch_size, *size, 3), np.uint8)
         for row, path in enumerate(paths):
             batch[row] = view(_read(path))
-        probability = np.asarray(step(run.weights[weights], batch)["probability"])  # b k
+        probability = np.asarray(step(model.variables, batch)["probability"])  # b k
         for path, each in zip(paths, probability, strict=False):
             order = np.argsort(-each, kind="stable")[:top]
-            labels = [(network.class_names[i], float(each[i])) for i in order]
+            labels = [(model.labels[i], float(each[i])) for i in order]
             yield Prediction(str(path), labels)
 
 
