@@ -4,6 +4,7 @@
     eval      evaluate a run, or any other model
     predict   label images
     convert   write a model for Hugging Face, timm, cvnets or this package
+    profile   count parameters, MACs and activations of a model, and time it
     doctor    say what is installed and what is missing
 
 Exit status: 0 done, 2 config or usage, 3 data or checkpoint, 4 loss or gradient not finite, 143
@@ -87,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--top", type=_positive, default=3, metavar="N", help="labels an image (3)"
     )
     predict.add_argument("--json", action="store_true", help="print one JSON object an image")
+    predict.add_argument(
+        "--attention", type=pathlib.Path, metavar="DIR", help="draw each block's attention there"
+    )
 
     convert = verbs.add_parser(
         "convert",
@@ -96,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="REFERENCE", help=REFERENCE)
     convert.add_argument("target", metavar="TARGET", type=pathlib.Path, help="directory to make")
     convert.add_argument("--format", required=True, choices=("hf", "timm", "cvnets", "native"))
+
+    profile = verbs.add_parser(
+        "profile",
+        help="count parameters, MACs and activations of a model, and time it",
+        epilog="All of the zoo is counted only, unless --measure is given: that takes minutes.",
+        allow_abbrev=False,
+    )
+    profile.add_argument("reference", nargs="?", metavar="REFERENCE", help=REFERENCE)
+    profile.add_argument("--all", action="store_true", help="the whole zoo, a row a model")
+    profile.add_argument("--measure", action="store_true", help="time the models of --all too")
+    profile.add_argument("--size", type=_size, metavar="H,W", help="of the images (the model's)")
+    profile.add_argument("--batch", type=int, default=1, metavar="N", help="images a batch (1)")
+    profile.add_argument("--repeats", type=int, default=20, metavar="N", help="batches timed (20)")
+    profile.add_argument("--json", action="store_true", help="print one JSON object a model")
 
     for verb in (predict, convert):
         verb.add_argument(
@@ -115,6 +133,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = re.fullmatch(r"(\d+)(?:,(\d+))?", text)
+    if sides is None:
+        raise UsageError(f"--size is {text!r}; write height and width: --size=256,256")
+    return int(sides[1]), int(sides[2] or sides[1])
 
 
 def _split_config_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -267,13 +292,19 @@ def _predict(args: argparse.Namespace) -> None:
     from mobilevit_jax.tools import predict, pretrained
 
     loaded = pretrained.read(args.reference, weights=args.weights, checkpoint=args.checkpoint)
-    for each in predict.predict(loaded.pretrained, args.images, top=args.top):
+    predictions = predict.predict(
+        loaded.pretrained, args.images, top=args.top, attention=args.attention
+    )
+    for each in predictions:
         if args.json:
             labels = [{"label": label, "score": score} for label, score in each.labels]
-            print(json.dumps({"image": each.image, "labels": labels}, ensure_ascii=False))
+            drawn = {"attention": str(each.attention)} if each.attention else {}
+            row = {"image": each.image, "labels": labels, **drawn}
+            print(json.dumps(row, ensure_ascii=False))
         else:
-            shown = "  ".join(f"{label} {100 * score:.1f} %" for label, score in each.labels)
-            print(f"{each.image}: {shown}")
+            shown = [f"{label} {100 * score:.1f} %" for label, score in each.labels]
+            drawn = [f"-> {each.attention}"] if each.attention else []
+            print(f"{each.image}: {'  '.join([*shown, *drawn])}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -289,6 +320,40 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{converted.target}: {', '.join(converted.files)}")
     for note in converted.notes:
         print(note)
+
+
+def _profile(args: argparse.Namespace) -> None:
+    if (args.reference is None) != args.all:
+        raise UsageError("give a model or --all: profile mobilevitv2_100; profile --all")
+    from rich.console import Console
+    from rich.progress import track
+
+    from mobilevit_jax.models import zoo
+    from mobilevit_jax.tools import profile
+
+    options = {"size": args.size, "batch_size": args.batch, "repeats": args.repeats}
+    if args.all:
+        measure = "total" if args.measure else "nothing"
+        waiting = Console(stderr=True)
+        profiles = list(
+            track(
+                profile.profile_zoo(measure=measure, **options),
+                "profiling the zoo",
+                total=len(zoo.ZOO),
+                console=waiting,
+                transient=True,
+                disable=not waiting.is_terminal,
+            )
+        )
+    else:
+        profiles = [profile.profile(args.reference, **options)]
+    if args.json:
+        for each in profiles:
+            print(json.dumps(profile.as_json(each)))
+    elif args.all:
+        profile.print_totals(profiles, Console())
+    else:
+        profile.print_stages(profiles[0], Console())
 
 
 def _doctor() -> int:
@@ -315,6 +380,8 @@ def _run(argv: Sequence[str]) -> int:
         _predict(args)
     elif args.verb == "convert":
         _convert(args)
+    elif args.verb == "profile":
+        _profile(args)
     else:
         return _doctor()
     return 0

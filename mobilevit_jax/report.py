@@ -9,6 +9,7 @@ something is drawn, and used through `Figure`: pyplot keeps global state.
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -28,12 +29,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.figure import Figure
 
 CELL_TEXT_CLASSES = 20  # a confusion matrix writes counts into its cells up to here,
 ALL_CLASSES = 200  # draws every class up to here,
 MOST_CONFUSED = 30  # and only so many beyond
 THUMBNAIL = 96  # pixels on the short side that a sample sheet gives a picture at least
+PANEL = 192  # the same for overlays
 
 
 class TensorBoard:
@@ -412,14 +415,11 @@ def sample_sheet(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    n, h, w, _ = images.shape
+    n = len(images)
     if not n or n != len(captions):
         raise ValueError(f"{n} images and {len(captions)} captions; need as many, and at least one")
 
-    larger, smaller = math.ceil(THUMBNAIL / min(h, w)), max(1, min(h, w) // (THUMBNAIL + 16))
-    h, w = h // smaller, w // smaller
-    images = images[:, : h * smaller, : w * smaller].reshape(n, h, smaller, w, smaller, 3)
-    images = images.mean((2, 4)).round().astype(np.uint8).repeat(larger, 1).repeat(larger, 2)
+    images = _scale(images, THUMBNAIL)
     h, w = images.shape[1:3]
 
     line, gap, columns = 15, 10, min(columns, n)  # pixels of a line of text, and between cells
@@ -431,13 +431,7 @@ def sample_sheet(
     figure = _figure(width, height)
     renderer = FigureCanvasAgg(figure).get_renderer()
 
-    def write(x: int, y: int, text: str, room: int, size: int, align: str) -> None:
-        artist = figure.text(x / width, 1 - y / height, text, fontsize=size, ha=align, va="top")
-        artist.set_parse_math(False)
-        while artist.get_window_extent(renderer).width > room and text:
-            text = text[:-1]
-            artist.set_text(f"{text}…")
-
+    write = functools.partial(_write, figure, renderer)
     with _missing_glyphs_ignored():
         write(gap, gap, title, width - 2 * gap, 10, "left")
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -445,6 +439,51 @@ def sample_sheet(
             figure.figimage(image, x, height - y - h)
             for j, text in enumerate(caption.split("\n")):
                 write(x + w // 2, y + h + 2 + j * line, text, w + gap // 2, 8, "center")
+    _save(path, figure)
+
+
+def overlays(
+    path: Path,
+    image: UInt8[np.ndarray, "h w 3"],
+    maps: Sequence[Float[np.ndarray, "_ _"]],
+    captions: Sequence[str],
+    *,
+    title: str = "",
+) -> None:
+    """Draws an image and beside it, for each map, the image in grey under the map in colour.
+
+    Maps are stretched over the image, whatever their size, between the centres of their cells
+    linearly. Colours run from a map's lowest value (dark) to its highest (bright). The picture is
+    one row; a caption is above its panel and may have several lines.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if len(maps) != len(captions):
+        raise ValueError(f"{len(maps)} maps and {len(captions)} captions; need as many")
+    image = _scale(image[None], PANEL)[0]
+    h, w, _ = image.shape
+    grey = np.repeat(image @ [[0.299], [0.587], [0.114]], 3, axis=2)  # luma of ITU-R BT.601
+    panels = [image]
+    for values in maps:
+        span = values.max() - values.min()
+        shares = (values - values.min()) / (span or 1)
+        colors = matplotlib.colormaps["inferno"](_stretch(shares, (h, w)))[..., :3]
+        panels.append((0.45 * grey + 0.55 * 255 * colors).round().astype(np.uint8))
+
+    line, gap = 15, 10  # pixels of a line of text, and between panels
+    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
+    top = gap + (line + gap if title else 0) + lines * line + 3
+    width, height = gap + len(panels) * (w + gap), top + h + gap
+    figure = _figure(width, height)
+    write = functools.partial(_write, figure, FigureCanvasAgg(figure).get_renderer())
+    with _missing_glyphs_ignored():
+        write(gap, gap, title, width - 2 * gap, 10, "left")
+        for i, (panel, caption) in enumerate(zip(panels, ("", *captions), strict=True)):
+            x = gap + i * (w + gap)
+            figure.figimage(panel, x, gap)
+            for j, text in enumerate(caption.split("\n")):
+                write(x + w // 2, top - 3 - (lines - j) * line, text, w, 8, "center")
     _save(path, figure)
 
 
@@ -465,6 +504,27 @@ def stage_table(rows: Iterable[Any], console: Console) -> None:
     for row in stages:
         shape = " x ".join(map(str, row.shape))
         table.add_row(Text(row.name), shape, f"{row.params:,}", f"{row.macs / 1e6:,.1f}")
+    _print_whole(table, console)
+
+
+def print_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    console: Console,
+    *,
+    footer: Sequence[str] = (),
+) -> None:
+    """Prints rows of text; columns but the first are aligned on the right."""
+    table = Table(show_footer=bool(footer))
+    for i, name in enumerate(header):
+        foot = footer[i] if footer else ""
+        table.add_column(Text(name), Text(foot), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _print_whole(table, console)
+
+
+def _print_whole(table: Table, console: Console) -> None:
     natural = console.measure(table, options=console.options.update(width=1000))
     table.width = natural.maximum  # whole numbers, however narrow the terminal
     console.print(table, soft_wrap=True)
@@ -505,6 +565,44 @@ def _check_classes(labels: np.ndarray, predicted: np.ndarray, class_names: Seque
             f"{len(labels)} labels in {spans[0]} and {len(predicted)} predictions in {spans[1]}; "
             f"need as many, all from 0 to {k - 1}, one for each class name"
         )
+
+
+def _scale(images: UInt8[np.ndarray, "n h w 3"], side: int) -> UInt8[np.ndarray, "n oh ow 3"]:
+    """Repeats pixels until the short side has `side`, or averages them down to not much more."""
+    n, h, w, _ = images.shape
+    larger, smaller = math.ceil(side / min(h, w)), max(1, min(h, w) // (side + side // 6))
+    h, w = h // smaller, w // smaller
+    images = images[:, : h * smaller, : w * smaller].reshape(n, h, smaller, w, smaller, 3)
+    return images.mean((2, 4)).round().astype(np.uint8).repeat(larger, 1).repeat(larger, 2)
+
+
+def _stretch(values: Float[np.ndarray, "_ _"], size: tuple[int, int]) -> Float[np.ndarray, "_ _"]:
+    """Linear interpolation between the centres of cells; beyond the outermost, their values."""
+
+    def weights(cells: int, pixels: int) -> Float[np.ndarray, "_ _"]:
+        at = (np.arange(pixels) + 0.5) * cells / pixels - 0.5
+        return np.stack([np.interp(at, np.arange(cells), each) for each in np.eye(cells)], axis=1)
+
+    return weights(values.shape[0], size[0]) @ values @ weights(values.shape[1], size[1]).T
+
+
+def _write(
+    figure: "Figure",
+    renderer: "RendererAgg",
+    x: int,
+    y: int,
+    text: str,
+    room: int,
+    size: int,
+    align: str,
+) -> None:
+    """Text with its top at (x, y), in pixels from the top left, cut to a width of `room` pixels."""
+    width, height = figure.get_size_inches() * figure.dpi
+    artist = figure.text(x / width, 1 - y / height, text, fontsize=size, ha=align, va="top")
+    artist.set_parse_math(False)
+    while artist.get_window_extent(renderer).width > room and text:
+        text = text[:-1]
+        artist.set_text(f"{text}…")
 
 
 def _figure(width: int, height: int) -> "Figure":

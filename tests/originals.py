@@ -11,7 +11,9 @@ REASON = "the PyTorch originals (torch, transformers, timm) are not installed"
 def import_torch():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("torch", reason=REASON)
+        torch = pytest.importorskip("torch", reason=REASON)
+    torch.set_num_threads(1)  # more wait for one another where others use the cores too
+    return torch
 
 
 def _prepare():

@@ -128,6 +128,32 @@ def test_a_finished_run_is_not_trained_again(copied, capsys):
     assert [row["step"] for row in rows(copied) if "val/loss" in row] == [0, 4, 8]
 
 
+def test_a_run_begins_with_the_weights_of_another(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert launch.main(["train", CONFIG, f"--workdir={workdir}", f"--config.init={trained}"]) == 0
+    first = rows(workdir)[0]
+    expected = last_evaluation(trained)
+    assert first["step"] == 0
+    for name in ("loss", "top1", "top5"):
+        assert first[f"val/{name}"] == first[f"val_ema/{name}"] == expected[f"val_ema/{name}"]
+    capsys.readouterr()
+    argv = ["train", CONFIG, f"--workdir={workdir}", "--config.init=nowhere"]
+    assert "no file, directory or zoo name 'nowhere'" in fails(capsys, 2, *argv)
+
+
+def test_convert_and_use_what_came_out(trained, tmp_path, capsys):
+    target = tmp_path / "native"
+    argv = ["convert", str(trained), str(target), "--format=native"]
+    assert launch.main(argv) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert launch.main(["eval", str(target), CONFIG, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = last_evaluation(trained)
+    assert said == {f"val/{name}": expected[f"val_ema/{name}"] for name in ("loss", "top1", "top5")}
+    assert str(target) in fails(capsys, 2, *argv)  # never over what is there
+    assert "--config=FILE is missing" in fails(capsys, 2, "eval", str(target))
+
+
 def test_print_config_shows_the_overrides(capsys):
     argv = ["train", "--config.optimizer.lr=0.125", CONFIG, "--print_config"]
     assert launch.main([*argv, "--config.input.size=(24,16)", "--noconfig.optimizer.decay_1d"]) == 0
@@ -191,7 +217,7 @@ def test_bad_config_values(argument, message, tmp_path, capsys):
         (["train", f"{CONFIG}:x", "--workdir=x"], "tests/tiny.py:x cannot be loaded"),
         (["train", "--config"], "--config needs a value"),
         (["train", CONFIG, "--workdir=/proc/x"], "--workdir=/proc/x cannot be made"),
-        (["eval", "/nowhere"], "/nowhere is no run"),
+        (["eval", "/nowhere"], "there is no file, directory or zoo name '/nowhere'"),
         (["predict", "/nowhere", "x.png"], "/nowhere"),
         (["doctor", "--config.x=1"], "doctor takes no --config.x"),
     ],

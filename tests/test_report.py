@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
@@ -458,6 +459,46 @@ def test_sample_sheet_refuses_what_it_cannot_draw(tmp_path):
         report.sample_sheet(tmp_path / "s.png", images, ["a"])
     with pytest.raises(ValueError, match="at least one"):
         report.sample_sheet(tmp_path / "s.png", images[:0], [])
+
+
+def test_overlays_show_the_image_and_each_map_over_it(tmp_path, drawn):
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    image[:, 48:] = 0
+    maps = [np.array([[1.0, 1.0, 3.0, 3.0]]), np.full((2, 3), 7.0)]
+    captions = ["layer $3$\nfrom 1 to 3", "flat"]
+    report.overlays(tmp_path / "o.png", image, maps, captions, title="x.png: cat 90.0 %")
+    picture = read_png(tmp_path / "o.png")
+    assert picture.shape == (10 + 25 + 33 + 192 + 10, 10 + 3 * 298, 3)
+    assert_margins_are_white(picture)
+    panels = [picture[68 : 68 + 192, x : x + 288] for x in (10, 308, 606)]
+    np.testing.assert_array_equal(panels[0], image.repeat(3, 0).repeat(3, 1))
+    # Black there, so that the colour is all there is: that of the highest and of the lowest value.
+    high, low = (np.array(matplotlib.colormaps["inferno"](x)[:3]) * 255 * 0.55 for x in (1.0, 0.0))
+    np.testing.assert_array_equal(panels[1][:, 252:], np.broadcast_to(high.round(), (192, 36, 3)))
+    np.testing.assert_array_equal(panels[2][:, 144:], np.broadcast_to(low.round(), (192, 144, 3)))
+    assert np.ptp(panels[1][:, :144], axis=2).max() > 30  # and in colour over the grey
+    between = panels[1][0, 144:252].astype(int).sum(axis=1)
+    assert (np.diff(between) >= -2).all()
+    assert between[0] < between[-1]
+    texts = [text.get_text() for text in drawn[0].texts]
+    assert texts == ["x.png: cat 90.0 %", "", "layer $3$", "from 1 to 3", "flat"]
+
+
+def test_overlays_refuse_maps_without_a_caption(tmp_path):
+    with pytest.raises(ValueError, match="1 maps and 0 captions"):
+        report.overlays(tmp_path / "o.png", np.zeros((8, 8, 3), np.uint8), [np.ones((2, 2))], [])
+
+
+def test_print_table_is_never_cut_and_knows_no_markup():
+    console = plain_console()
+    rows = [["[bold]a[/bold]", "1,234,567,890", "9" * 30], ["b", "1", "2"]]
+    report.print_table(["name", "count", "more"], rows, console, footer=["total", "3", "4"])
+    cells = [
+        [cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]]
+        for line in printed(console).splitlines()
+        if line[0] in "│┃"
+    ]
+    assert cells == [["name", "count", "more"], *rows, ["total", "3", "4"]]
 
 
 def test_stage_table_sums_its_rows_and_is_never_cut(tmp_path):

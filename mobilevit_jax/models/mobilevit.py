@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mobilevit_jax.models import attention, layers
-from mobilevit_jax.models.attention import PATCH
+from mobilevit_jax.models.attention import PATCH, MultiHeadSelfAttention
 from mobilevit_jax.models.layers import Conv, ConvNorm, InvertedResidual, LayerNorm, Linear
 
 
@@ -47,7 +47,7 @@ MAX_EXPANDED = 960  # channels ahead of the classifier, of at most four times la
 class TransformerLayer(nn.Module):
     """Pre-norm attention and a two-layer feed-forward net, each added to its input."""
 
-    self_attention: Callable[..., nn.Module]
+    self_attention: Callable[..., nn.Module] = MultiHeadSelfAttention
     dropout: float = 0.0
     weight_init: str = "kaiming"
     dtype: DTypeLike = jnp.float32
@@ -76,7 +76,7 @@ class MobileViTBlock(nn.Module):
 
     token_width: int
     attention_layers: int
-    self_attention: Callable[..., nn.Module]
+    self_attention: Callable[..., nn.Module] = MultiHeadSelfAttention
     dropout: float = 0.0
     weight_init: str = "kaiming"
     dtype: DTypeLike = jnp.float32
@@ -111,7 +111,7 @@ class Stage(nn.Module):
     expansion: int
     token_width: int
     attention_layers: int
-    self_attention: Callable[..., nn.Module]
+    self_attention: Callable[..., nn.Module] = MultiHeadSelfAttention
     dropout: float = 0.0
     weight_init: str = "kaiming"
     dtype: DTypeLike = jnp.float32

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mobilevit_jax.models import attention, layers
-from mobilevit_jax.models.attention import PATCH
+from mobilevit_jax.models.attention import PATCH, SeparableSelfAttention
 from mobilevit_jax.models.convolution import resize_align_corners
 from mobilevit_jax.models.layers import Conv, ConvNorm, GroupNorm, InvertedResidual, Linear
 
@@ -44,7 +44,7 @@ STAGES = (
 class AttentionLayer(nn.Module):
     """Pre-norm attention and a two-layer feed-forward net, each added to its input."""
 
-    self_attention: Callable[..., nn.Module]
+    self_attention: Callable[..., nn.Module] = SeparableSelfAttention
     dropout: float = 0.0
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
@@ -73,7 +73,7 @@ class MobileViTV2Block(nn.Module):
 
     token_width: int
     attention_layers: int
-    self_attention: Callable[..., nn.Module]
+    self_attention: Callable[..., nn.Module] = SeparableSelfAttention
     dropout: float = 0.0
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
@@ -83,9 +83,9 @@ class MobileViTV2Block(nn.Module):
         """Return a map of the same features and even sides."""
         options = {"weight_init": self.weight_init, "dtype": self.dtype}
         features = x.shape[-1]
-        even = tuple(math.ceil(side / PATCH) * PATCH for side in x.shape[1:3])
-        if even != x.shape[1:3]:
-            x = resize_align_corners(x, size=even)
+        height, width = (math.ceil(side / PATCH) * PATCH for side in x.shape[1:3])
+        if (height, width) != x.shape[1:3]:
+            x = resize_align_corners(x, size=(height, width))
 
         local = ConvNorm(
             features, groups=features, activation=nn.silu, **options, name="local_depthwise"
@@ -109,7 +109,7 @@ class Stage(nn.Module):
     blocks: int
     token_width: int
     attention_layers: int
-    self_attention: Callable[..., nn.Module]
+    self_attention: Callable[..., nn.Module] = SeparableSelfAttention
     dropout: float = 0.0
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32

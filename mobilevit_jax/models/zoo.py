@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from mobilevit_jax.models.attention import SeparableSelfAttention
+from mobilevit_jax.models.attention import (
+    PATCH,
+    LinformerSelfAttention,
+    MultiHeadSelfAttention,
+    SeparableSelfAttention,
+)
 from mobilevit_jax.models.layers import Conv, Linear
 from mobilevit_jax.models.mobilenet import MobileNetV1, MobileNetV2, MobileNetV3
 from mobilevit_jax.models.mobilevit import MobileViT
@@ -32,6 +37,7 @@ FAMILIES: Mapping[str, type[nn.Module]] = {
     _MN2: MobileNetV2,
     _MN3: MobileNetV3,
 }
+FLOAT32_BYTES = 4  # of an attention's scores, in any dtype of the computation
 
 
 class ZooEntry(NamedTuple):
@@ -94,6 +100,7 @@ class SummaryRow(NamedTuple):
     shape: tuple[int, ...]  # of its output, without the batch axis
     params: int
     macs: int  # for one image
+    activation_bytes: int  # for one image
 
 
 def create(
@@ -117,15 +124,23 @@ def create(
 
 
 def summary(model: nn.Module, *, size: tuple[int, int]) -> list[SummaryRow]:
-    """Shape, parameters and multiply-accumulates of every stage for one image of `size` (h, w).
+    """Shape, parameters, multiply-accumulates and activations of every stage for one image.
 
     A stage is a child of the model; the last row is the total. MACs count convolutions and linear
     layers only, as published figures for MobileViT do: kernel elements times output positions. No
     biases, norms, activations, resizes, nor products inside an attention. Separable attention is
-    counted as defined, though it forms fewer keys. Shapes only: nothing is computed.
+    counted as defined, though it forms fewer keys. Activations are the outputs of the same layers
+    and of the two products inside a dot-product attention, as timm counts them, in the dtype of
+    the computation; norms and activation functions are taken to work in place. Shapes only:
+    nothing is computed.
+
+    Args:
+        model: network.
+        size: (h, w) of the image.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     macs: Counter[str] = Counter()
+    activation_bytes: Counter[str] = Counter()
 
     def record(
         call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext
@@ -134,12 +149,17 @@ def summary(model: nn.Module, *, size: tuple[int, int]) -> list[SummaryRow]:
         module = context.module
         if context.method_name != "__call__" or not module.path:
             return outputs
+        stage = module.path[0]
         if len(module.path) == 1:
-            shapes[module.path[0]] = outputs.shape[1:]
+            shapes[stage] = outputs.shape[1:]
         if isinstance(module, Conv | Linear | SeparableSelfAttention):
             params = module.variables["params"]
             kernel = params["kernel"] if "kernel" in params else params["qkv"]["kernel"]
-            macs[module.path[0]] += kernel.size * math.prod(outputs.shape[:-1])
+            positions = math.prod(outputs.shape[:-1])
+            macs[stage] += kernel.size * positions
+            activation_bytes[stage] += kernel.shape[-1] * positions * outputs.dtype.itemsize
+        if isinstance(module, MultiHeadSelfAttention | LinformerSelfAttention):
+            activation_bytes[stage] += _attention_bytes(module, outputs)
         return outputs
 
     with nn.intercept_methods(record):
@@ -147,12 +167,22 @@ def summary(model: nn.Module, *, size: tuple[int, int]) -> list[SummaryRow]:
         image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
         params = jax.eval_shape(model.init, rng, image)["params"]
     rows = [
-        SummaryRow(name, shape, _count(params[name]), macs[name])
+        SummaryRow(name, shape, _count(params[name]), macs[name], activation_bytes[name])
         for name, shape in shapes.items()
         if name in params
     ]
-    total = SummaryRow("total", rows[-1].shape, _count(params), macs.total())
-    return [*rows, total]
+    totals = (_count(params), macs.total(), activation_bytes.total())
+    return [*rows, SummaryRow("total", rows[-1].shape, *totals)]
+
+
+def _attention_bytes(
+    module: MultiHeadSelfAttention | LinformerSelfAttention, like: jax.Array
+) -> int:
+    """What the two products inside an attention put out, for a map of this shape."""
+    tokens = math.prod(like.shape[1:-1]) // PATCH**2
+    keys = module.latents if isinstance(module, LinformerSelfAttention) else tokens
+    scores = math.prod(like.shape[:-1]) * module.heads * keys
+    return scores * FLOAT32_BYTES + like.size * like.dtype.itemsize
 
 
 def _count(params: Any) -> int:

@@ -1,30 +1,47 @@
-"""Labels images with a trained network."""
+"""Labels images with a trained network, and draws where its attention looks."""
 
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
-from mobilevit_jax import steps
+from mobilevit_jax import build, report, steps
 from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.data.transforms import InputSpec
+from mobilevit_jax.models import zoo
+from mobilevit_jax.models.attention import PATCH
 from mobilevit_jax.tasks import classification
+from mobilevit_jax.tasks.task import Task
 from mobilevit_jax.tools import pretrained
+from mobilevit_jax.tree import Tree
 
 BATCH = 16
 
 
 class Prediction(NamedTuple):
-    """Labels of one image with their probabilities, most probable first."""
+    """What the network says of one image.
+
+    Attributes:
+        image: path.
+        labels: with their probabilities, most probable first.
+        attention: picture of the attention, if asked for.
+    """
 
     image: str
     labels: list[tuple[str, float]]
+    attention: pathlib.Path | None = None
 
 
 def predict(
-    model: pretrained.Pretrained, images: Sequence[pathlib.Path], *, top: int = 3
+    model: pretrained.Pretrained,
+    images: Sequence[pathlib.Path],
+    *,
+    top: int = 3,
+    attention: pathlib.Path | None = None,
 ) -> Iterator[Prediction]:
     """Labels image files, in their order.
 
@@ -32,15 +49,22 @@ def predict(
         model: network and weights.
         images: files of any type that Pillow reads.
         top: how many labels an image; at most the number of classes.
+        attention: directory, made if missing, for a picture an image: what the network sees of it,
+            and every block's map of attention over it.
 
     Raises:
+        ConfigError: the network has no attention to draw, or the directory cannot be written to.
         DataError: a file is missing or no image.
     """
     size = model.input_spec.size
     view = transforms.evaluation(model.input_spec)
+    if attention is not None:
+        _check_attention(model.model)
+        _make(attention)
+    pictures = _picture_names(images)
     step = jax.jit(
         functools.partial(
-            steps.predict_step,
+            steps.predict_step if attention is None else attention_step,
             model=model.model,
             task=classification.classification(),
             input_spec=model.input_spec,
@@ -53,11 +77,106 @@ def predict(
         batch = np.zeros((batch_size, *size, 3), np.uint8)
         for row, path in enumerate(paths):
             batch[row] = view(_read(path))
-        probability = np.asarray(step(model.variables, batch)["probability"])  # b k
-        for path, each in zip(paths, probability, strict=False):
+        outputs = jax.device_get(step(model.variables, batch))
+        for row, path in enumerate(paths):
+            each = outputs["probability"][row]
             order = np.argsort(-each, kind="stable")[:top]
             labels = [(model.labels[i], float(each[i])) for i in order]
-            yield Prediction(str(path), labels)
+            picture = None
+            if attention is not None:
+                picture = attention / pictures[begin + row]
+                maps = {name: values[row] for name, values in outputs["attention"].items()}
+                _draw(picture, batch[row], maps, title=_title(path, *labels[0]))
+            yield Prediction(str(path), labels, picture)
+
+
+def attention_step(
+    variables: Mapping[str, Tree],
+    image: UInt8[Array, "b h w 3"],
+    *,
+    model: zoo.nn.Module,
+    task: Task,
+    input_spec: InputSpec,
+) -> dict[str, Any]:
+    """As `steps.predict_step`, with "attention": how much each block attends to which place.
+
+    Maps (b, mh, mw) by the name of the stage that holds the block, averaged over its layers. A map
+    adds up to one. Separable attention has a score for every token, so its map has the pixels of
+    the block's; their softmax runs over the patches, for each of the four pixel positions by
+    itself, hence the quarter. Of attention between tokens it is what a patch gets, averaged over
+    queries, heads and pixel positions.
+    """
+    outputs, state = model.apply(
+        variables, steps.normalize(image, input_spec), train=False, mutable=["attention"]
+    )
+    maps = {}
+    for stage, block in state["attention"].items():
+        height, width = outputs["stages"][int(stage.removeprefix("layer_")) - 1].shape[1:3]
+        layers = []
+        for scores in jax.tree.leaves(block):
+            if scores.ndim == 3:  # separable: b h w
+                layers.append(scores / PATCH**2)
+            else:  # b p heads n n, the patches row by row; maps with an odd side were made even
+                received = scores.mean((1, 2, 3))  # b n
+                layers.append(received.reshape(-1, -(-height // PATCH), -(-width // PATCH)))
+        maps[stage] = sum(layers) / len(layers)
+    return {**task.predict(outputs), "attention": maps}
+
+
+def _check_attention(model: zoo.nn.Module) -> None:
+    kind = getattr(model, "attention", None)
+    if kind is None:
+        raise build.ConfigError(
+            f"--attention: a {type(model).__name__} has no attention; that takes a MobileViT, of "
+            "v1 or v2"
+        )
+    if kind == "linformer":
+        raise build.ConfigError(
+            "--attention: linformer's attention goes to mixtures of patches, not to places; there "
+            "are maps of separable and multihead"
+        )
+
+
+def _make(directory: pathlib.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise build.ConfigError(
+            f"--attention: {directory} cannot be made: {error.strerror}"
+        ) from error
+
+
+def _picture_names(images: Sequence[pathlib.Path]) -> list[str]:
+    """A name for each image's picture, its own where no image before it has taken that."""
+    names: list[str] = []
+    for path in images:
+        name, count = f"{path.stem}.png", 1
+        while name in names:
+            count += 1
+            name = f"{path.stem}-{count}.png"
+        names.append(name)
+    return names
+
+
+def _title(path: pathlib.Path, label: str, score: float) -> str:
+    return f"{path.name}: {label} {100 * score:.1f} %"
+
+
+def _draw(
+    path: pathlib.Path,
+    image: UInt8[np.ndarray, "h w 3"],
+    maps: Mapping[str, Float[np.ndarray, "_ _"]],
+    *,
+    title: str,
+) -> None:
+    # As multiples of the average: an attention that has learned nothing is about 1 everywhere.
+    relative = {name: values * values.size for name, values in sorted(maps.items())}
+    captions = [
+        f"{name}, {values.shape[0]}x{values.shape[1]}\n"
+        f"{values.min():.3f} to {values.max():.3f} of average"
+        for name, values in relative.items()
+    ]
+    report.overlays(path, image, [*relative.values()], captions, title=title)
 
 
 def _read(path: pathlib.Path) -> sources.Record:

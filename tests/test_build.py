@@ -1,0 +1,48 @@
+"""Configs that take part of themselves from a model."""
+
+import json
+
+from mobilevit_jax import build
+from mobilevit_jax.models import zoo
+from tests.nets import SPEC
+from tests.test_configs import load
+
+SPEC = SPEC._replace(size=(64, 64), resize=72, channel_order="bgr", interpolation="bicubic")
+
+
+def describe(reference):
+    assert reference == "somewhere"
+    return "mobilevit_v2", zoo.create("mobilevit_v2", num_classes=5, width=0.75), SPEC
+
+
+def test_a_recipe_without_init_is_left_alone(tmp_path):
+    config = load("base")
+    assert build.resolve(config, describe, workdir=tmp_path) is config
+
+
+def test_model_and_input_come_from_the_reference(tmp_path):
+    config = load("finetune")
+    config.init = "somewhere"
+    resolved = build.resolve(config, describe, workdir=tmp_path)
+    assert resolved.model.name == "mobilevit_v2"
+    assert resolved.model.width == 0.75
+    assert "num_classes" not in resolved.model
+    assert build.input_spec(resolved) == SPEC
+    # The network it describes can be built for other classes.
+    assert build.network(resolved, ("a", "b")).model.num_classes == 2
+
+
+def test_a_size_of_ones_own_stays(tmp_path):
+    config = load("finetune")
+    config.init, config.input.size = "somewhere", (96, 128)
+    spec = build.input_spec(build.resolve(config, describe, workdir=tmp_path))
+    assert spec == SPEC._replace(size=(96, 128), resize=96)
+
+
+def test_going_on_needs_the_reference_no_more(tmp_path):
+    config = load("finetune")
+    config.init = "somewhere"
+    resolved = build.resolve(config, describe, workdir=tmp_path)
+    (tmp_path / "config.json").write_text(build.to_json(resolved))
+    again = build.resolve(config, lambda reference: 1 / 0, workdir=tmp_path)
+    assert json.loads(build.to_json(again)) == json.loads(build.to_json(resolved))

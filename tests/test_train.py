@@ -1,0 +1,66 @@
+"""Parts of the loop that need no training."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilevit_jax import checkpoint, sharding, steps, train
+from tests.nets import SPEC, Tiny
+from tests.test_steps import TX
+
+
+def state_of(model):
+    return steps.init_state(0, model=model, tx=TX, size=SPEC.size)
+
+
+def variables_of(state):
+    return jax.tree.map(lambda leaf: np.asarray(leaf) + 1, state.variables("raw"))
+
+
+def warm(state, variables):
+    everywhere = sharding.replicated(sharding.make_mesh())
+    return train._warm_start(state, variables, "somewhere", everywhere)
+
+
+def test_warm_start_takes_all_weights():
+    state = state_of(Tiny())
+    variables = variables_of(state)
+    started = warm(state, variables)
+    for weights in ("raw", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, started.variables(weights), variables)
+
+
+def test_warm_start_makes_the_head_anew_for_other_classes(capsys):
+    variables = variables_of(state_of(Tiny(num_classes=7)))
+    state = state_of(Tiny(num_classes=3))
+    started = warm(state, variables)
+    assert "a fresh head for 3 classes" in capsys.readouterr().err
+    np.testing.assert_array_equal(started.params["head"]["kernel"], state.params["head"]["kernel"])
+    np.testing.assert_array_equal(
+        started.params["stem"]["kernel"], variables["params"]["stem"]["kernel"]
+    )
+
+
+def test_warm_start_refuses_another_network():
+    variables = variables_of(state_of(Tiny()))
+    variables["params"]["stem"]["kernel"] = np.zeros((5, 5, 3, 8))
+    with pytest.raises(checkpoint.MismatchError, match=r"stem/kernel \(5, 5, 3, 8\)"):
+        warm(state_of(Tiny()), variables)
+
+
+def test_fetch_averages_and_finds_the_first_bad_step():
+    def metrics(loss, norm=1.0):
+        values = {"loss": loss, "grad_norm": norm, "learning_rate": 0.5}
+        return {name: jnp.asarray(value) for name, value in values.items()}
+
+    pending = collections.deque([metrics(1.0), metrics(3.0)])
+    assert train._fetch(pending, 10)["train/loss"] == 2.0
+    assert not pending
+    for bad, step in (([1.0, np.nan, np.nan], 9), ([1.0, 1.0, np.inf], 10)):
+        with pytest.raises(train.NonFiniteError, match=f"at step {step}"):
+            train._fetch(collections.deque(map(metrics, bad)), 10)
+    with pytest.raises(train.NonFiniteError, match="grad_norm is inf at step 10"):
+        train._fetch(collections.deque([metrics(1.0), metrics(1.0, np.inf)]), 10)
