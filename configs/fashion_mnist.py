@@ -14,7 +14,7 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.batch_size = 128
-    config.duration = "7 epochs"
+    config.duration = "5 epochs"
 
     config.model.width = 0.5
     # 28 pixels: maps of 14, 14, 14, 8, 4, 4.

@@ -1,4 +1,4 @@
-"""Evaluation pre-processing against Hugging Face's processor and timm's transform, level by level."""
+"""Evaluation pre-processing against Hugging Face and timm, 8-bit level by level."""
 
 import io
 
