@@ -23,7 +23,8 @@ def _prepare():
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch = import_torch()
-    if not hasattr(torch.ops.torchvision, "nms"):
+    # A CUDA build brings its own operators, and declaring them twice ends the process.
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
         library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
