@@ -429,5 +429,13 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # When a save fails (a full disk), Orbax closes the event loop under writes of TensorStore that
+    # are still on their way; each of them would print a traceback around our one message.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _report_unraisable
     sys.exit(main(sys.argv[1:]))
