@@ -402,13 +402,13 @@ def main(argv: Sequence[str]) -> int:
 def _status(error: Exception) -> int:
     """The exit status of an error that a user can mend; any other is raised again."""
     from mobilevit_jax import build, checkpoint, train
-    from mobilevit_jax.data import sources
+    from mobilevit_jax.data import record
 
     statuses = {
         build.ConfigError: 2,
         checkpoint.MismatchError: 2,
         checkpoint.CheckpointError: 3,
-        sources.DataError: 3,
+        record.DataError: 3,
         train.NonFiniteError: 4,
         train.SavedAndStopped: 143,
     }

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict as Config
 
 from mobilevit_jax import optim, report, schedule, steps
 from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.data.record import Source
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tasks.task import Task
@@ -48,8 +49,8 @@ class Experiment(NamedTuple):
     """Everything the training loop needs, built. Durations are in steps."""
 
     network: Network
-    train_source: sources.Source
-    val_source: sources.Source
+    train_source: Source
+    val_source: Source
     augment: transforms.Transform
     tx: optim.Optimizer
     curve: schedule.Curve
@@ -229,7 +230,7 @@ def task(config: Config) -> Task:
     return _call("task", TASKS, plain(config.task))
 
 
-def source(config: Config, split: str) -> sources.Source:
+def source(config: Config, split: str) -> Source:
     """The images of a split, "train" or "val".
 
     Raises:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from mobilevit_jax import build, sharding, steps
-from mobilevit_jax.data import pipeline, sources, transforms
+from mobilevit_jax.data import pipeline, transforms
+from mobilevit_jax.data.record import Source
 from mobilevit_jax.tree import Tree
 
 # Weights by name -> what their metrics are called.
@@ -25,7 +26,7 @@ class Evaluator(NamedTuple):
     # Zeros for the sums, on the mesh.
     totals: Tree
     network: build.Network
-    source: sources.Source
+    source: Source
     batch_size: int
     threads: int
     prefetch: int
@@ -45,7 +46,7 @@ class Predictions(NamedTuple):
 def make(
     network: build.Network,
     variables: Tree,
-    source: sources.Source,
+    source: Source,
     *,
     batch_size: int,
     threads: int,

@@ -13,7 +13,7 @@ import pytest
 
 import launch
 from mobilevit_jax import build, sharding, steps, tree
-from mobilevit_jax.data.sources import Record
+from mobilevit_jax.data.record import Record
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from mobilevit_jax.data.sources import DataError, Record, Source
+from mobilevit_jax.data.record import DataError, Record, Source
 from mobilevit_jax.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]  # image uint8 [b, h, w, 3], label int32 [b], mask bool [b]

@@ -16,12 +16,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-SPLITS = ("train", "val")
+from mobilevit_jax.data.record import SPLITS, DataError, Record, Source
+
 HELD_OUT = ("val", "validation", "valid", "test")  # folder names for "val": the first there is used
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -37,32 +38,6 @@ FASHION_NAMES = (
     "Bag",
     "Ankle boot",
 )
-
-
-class DataError(Exception):
-    """The data are missing, broken or not laid out as expected; its text is one line for users."""
-
-
-class Record(NamedTuple):
-    """One labelled image, not yet decoded."""
-
-    image: bytes | np.ndarray  # an encoded file, or uint8 [h, w] or [h, w, 3]
-    label: int
-    name: str  # for messages: a file path, or "digits[17]"
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What a dataset has to offer, and nothing else. Thread-safe and picklable."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of label i at position i."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Record: ...
 
 
 @dataclasses.dataclass(frozen=True)

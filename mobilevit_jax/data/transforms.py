@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mobilevit_jax.data.sources import DataError, Record
+from mobilevit_jax.data.record import DataError, Record
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from mobilevit_jax import build, report, steps
-from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.data import transforms
+from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.transforms import InputSpec
 from mobilevit_jax.models import zoo
 from mobilevit_jax.models.attention import PATCH
@@ -179,8 +180,8 @@ def _draw(
     report.overlays(path, image, [*relative.values()], captions, title=title)
 
 
-def _read(path: pathlib.Path) -> sources.Record:
+def _read(path: pathlib.Path) -> Record:
     try:
-        return sources.Record(image=path.read_bytes(), label=0, name=str(path))
+        return Record(image=path.read_bytes(), label=0, name=str(path))
     except OSError as error:
-        raise sources.DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error

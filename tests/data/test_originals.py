@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mobilevit_jax.data import transforms
-from mobilevit_jax.data.sources import Record
+from mobilevit_jax.data.record import Record
 from mobilevit_jax.tools import formats
 from tests import originals
 

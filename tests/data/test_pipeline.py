@@ -15,7 +15,7 @@ from PIL import Image
 
 from mobilevit_jax.data import pipeline, sources
 from mobilevit_jax.data.pipeline import Batch, eval_batches, num_eval_batches, plan, train_batches
-from mobilevit_jax.data.sources import DataError, Record
+from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.transforms import InputSpec, evaluation, pad_crop, random_resized_crop
 
 EVALUATION = evaluation(InputSpec((8, 8), 8, "bilinear", "rgb", (0, 0, 0), (1, 1, 1)))

@@ -23,7 +23,7 @@ import tensorflow_datasets
 from PIL import Image
 
 from mobilevit_jax.data import sources
-from mobilevit_jax.data.sources import DataError
+from mobilevit_jax.data.record import DataError, Record, Source
 
 REAL_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -48,11 +48,11 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def names_of(source: sources.Source) -> list[str]:
+def names_of(source: Source) -> list[str]:
     return [source[i].name for i in range(len(source))]
 
 
-def pixels(record: sources.Record) -> np.ndarray:
+def pixels(record: Record) -> np.ndarray:
     assert isinstance(record.image, np.ndarray)
     return record.image
 
@@ -592,7 +592,7 @@ def test_sources_pickle(prepared: Path, tmp_path: Path):
         sources.folder("train", root=str(tmp_path / "folder")),
         sources.tfds("val", root=str(prepared), val_split="held"),
     ):
-        assert isinstance(source, sources.Source)
+        assert isinstance(source, Source)
         copy = pickle.loads(pickle.dumps(source))
         assert (len(copy), copy.class_names) == (len(source), source.class_names)
         for i in range(min(len(source), 4)):

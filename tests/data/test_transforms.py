@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mobilevit_jax.data import transforms
-from mobilevit_jax.data.sources import DataError, Record
+from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.transforms import InputSpec, evaluation, pad_crop, random_resized_crop
 
 SPEC = InputSpec((256, 256), 288, "bilinear", "rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 
 from mobilevit_jax import build, checkpoint, steps, tree
-from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.data import transforms
+from mobilevit_jax.data.record import Record
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import convert, formats, names, pretrained
 from tests import originals
@@ -162,7 +163,7 @@ def test_the_pipeline_of_hugging_face_gives_our_probabilities(hf, tmp_path):
         theirs = pipeline(str(tmp_path / "image.png"), top_k=5)
 
     model, variables, spec, labels = pretrained.load(hf)
-    view = transforms.evaluation(spec)(sources.Record(pixels, 0, "image"))
+    view = transforms.evaluation(spec)(Record(pixels, 0, "image"))
     prepared = steps.normalize(jnp.asarray(view[None]), spec)
     ours = jax.nn.softmax(jax.jit(model.apply)(variables, prepared)["logits"])[0]
     assert max(ours) - min(ours) > 0.01
