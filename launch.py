@@ -5,6 +5,8 @@
     predict   label images
     convert   write a model for Hugging Face, timm, cvnets or this package
     profile   count parameters, MACs and activations of a model, and time it
+    data      look at a config's images: counts, broken files, loading speed, pictures
+    prepare   pack ImageNet or a folder of images for fast training, or verify a pack
     doctor    say what is installed and what is missing
 
 Exit status: 0 done, 2 config or usage, 3 data or checkpoint, 4 loss or gradient not finite, 143
@@ -22,6 +24,7 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib.util
@@ -31,11 +34,12 @@ import pathlib
 import re
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+    from rich.progress import TaskID
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
@@ -43,6 +47,10 @@ CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
 
 class UsageError(Exception):
     """The command line asks for something that there is not."""
+
+
+class Interrupted(Exception):
+    """The user wants to go on later."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--repeats", type=int, default=20, metavar="N", help="batches timed (20)")
     profile.add_argument("--json", action="store_true", help="print one JSON object a model")
 
+    _add_data(verbs)
+    _add_prepare(verbs)
+
     for verb in (predict, convert):
         verb.add_argument(
             "--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or last"
@@ -128,10 +139,109 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    data = verbs.add_parser(
+        "data",
+        help="look at a config's images: counts, broken files, loading speed, pictures",
+        epilog="Any value of the config: --config.loader.threads=8. It takes half a minute, or with "
+        "--all as long as decoding everything. No accelerator is used.",
+        allow_abbrev=False,
+    )
+    data.add_argument("--config", metavar="FILE", help="recipe whose images to look at")
+    data.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="draw samples.png, augmentations.png and evaluation.png there",
+    )
+    which = data.add_mutually_exclusive_group()
+    which.add_argument(
+        "--examples",
+        type=_positive,
+        metavar="N",
+        help="of each split to decode, evenly spread (1000)",
+    )
+    which.add_argument("--all", action="store_true", help="decode every example")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_prepare(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    prepare = verbs.add_parser(
+        "prepare",
+        help="pack ImageNet or a folder of images for fast training, or verify a pack",
+        allow_abbrev=False,
+    )
+    kinds = prepare.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    imagenet = kinds.add_parser(
+        "imagenet",
+        help="the official ILSVRC2012 tars and devkit, or what they unpacked",
+        allow_abbrev=False,
+    )
+    folder = kinds.add_parser(
+        "folder",
+        help="a folder of classes: train/<class>/*.jpg or <class>/*.jpg",
+        allow_abbrev=False,
+    )
+    folder.add_argument(
+        "--val-fraction",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="held out for validation where there is no val folder (0.1)",
+    )
+    for kind in (imagenet, folder):
+        kind.add_argument("--source", required=True, metavar="DIR", help="where the images are")
+        kind.add_argument(
+            "--target", required=True, type=pathlib.Path, metavar="DIR", help="directory to make"
+        )
+        kind.add_argument(
+            "--restart-markers",
+            action="store_true",
+            help="repack JPEGs without loss so that crops decode faster (needs jpegtran)",
+        )
+        kind.add_argument(
+            "--short-side",
+            type=_positive,
+            metavar="PIXELS",
+            help="shrink images to this short side and encode them anew, with loss",
+        )
+        kind.add_argument(
+            "--quality", type=_quality, metavar="Q", help="of the JPEGs that --short-side makes"
+        )
+        kind.add_argument("--shard-size", type=_positive, metavar="N", help="images in a tar file")
+        kind.epilog = (
+            "Interrupted, the same command goes on where it stopped. The result does not depend on "
+            "--workers."
+        )
+    verify = kinds.add_parser(
+        "verify", help="read a pack and compare every byte with its checksums", allow_abbrev=False
+    )
+    verify.add_argument("pack", nargs="?", metavar="DIR", help="directory of the pack")
+    verify.add_argument("--target", metavar="DIR", help="the same")
+    for kind in (imagenet, folder, verify):
+        kind.add_argument(
+            "--workers", type=_positive, metavar="N", help="threads (one for each core)"
+        )
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+def _quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 95:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 95")
     return value
 
 
@@ -356,6 +466,123 @@ def _profile(args: argparse.Namespace) -> None:
         profile.print_stages(profiles[0], Console())
 
 
+def _data(args: argparse.Namespace, config_arguments: Sequence[str]) -> None:
+    # Before jax is imported: an accelerator is of no use here, and another run may be on it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from rich.console import Console
+
+    from mobilevit_jax import build
+    from mobilevit_jax.tools import look, pretrained
+
+    config = build.resolve(
+        _load_config(config_arguments), pretrained.describe, workdir=args.workdir
+    )
+    examples = None if args.all else args.examples or look.EXAMPLES
+    try:
+        with _progress() as progress:
+            found = look.look(config, workdir=args.workdir, examples=examples, progress=progress)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; nothing is left to go on with") from error
+    if args.json:
+        print(json.dumps(look.as_json(found)))
+        return
+    look.print_look(found, Console())
+    if args.workdir is None:
+        print("No picture was drawn; --workdir=DIR says where to.")
+    elif found.pictures:
+        print(f"Pictures: {', '.join(map(str, found.pictures))}")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that a container lends
+    workers = args.workers or (len(affinity(0)) if affinity else os.cpu_count()) or 1
+    if args.kind == "verify":
+        _verify(args, workers)
+        return
+    if args.quality is not None and args.short_side is None:
+        raise UsageError("--quality is of the images that --short-side=PIXELS shrinks; give both")
+    from mobilevit_jax.data import prepare, shards
+
+    options = shards.Options(
+        restart_markers=args.restart_markers,
+        short_side=args.short_side,
+        quality=args.quality or shards.QUALITY,
+        shard_size=args.shard_size or shards.SIZE,
+    )
+    where = {"source": args.source, "target": args.target}
+    try:
+        with _progress() as progress:
+            how = {"options": options, "workers": workers, "progress": progress}
+            if args.kind == "imagenet":
+                summary = prepare.imagenet(**where, **how)
+            else:
+                summary = prepare.folder(**where, val_fraction=args.val_fraction, **how)
+    except prepare.OptionsError as error:
+        raise UsageError(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted; {args.target} keeps what is finished, and the same command goes on there"
+        ) from error
+    print(f"{args.target}: {len(summary.class_names):,} classes")
+    for name, split in summary.splits.items():
+        size = f"{sum(split.shards) / 1e6:,.1f} MB in {len(split.shards):,} tar files"
+        done = [f"{count:,} {what}" for what, count in split.counts.items() if count]
+        print(f"  {name:5s} {', '.join([f'{split.images:,} images', *done, size])}")
+        if split.corrupt:
+            print(f"  {name:5s} {_some(split.corrupt, 'cannot be decoded and stayed as they are')}")
+    print(f"Train on it: --config.data=\"{{'name': 'pack', 'root': '{args.target}'}}\"")
+
+
+def _verify(args: argparse.Namespace, workers: int) -> None:
+    if (args.pack is None) == (args.target is None):
+        raise UsageError("which pack? prepare verify DIR")
+    from mobilevit_jax.data import prepare
+
+    target = args.pack or args.target
+    try:
+        with _progress() as progress:
+            checked = prepare.verify(target, workers=workers, progress=progress)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; nothing is known of the pack") from error
+    counts = " and ".join(f"{count:,} {split}" for split, count in checked.images.items())
+    print(f"{target}: {counts} images in {checked.bytes / 1e6:,.1f} MB, all as written")
+    if checked.unreadable:
+        print(_some(checked.unreadable, "cannot be opened, nor could they in the source"))
+
+
+def _some(names: Sequence[str], what: str) -> str:
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{len(names):,} images {what}: {', '.join(names[:5])}{more}"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for everything that is counted, on a terminal; called with what, done, total."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    waiting = Console(stderr=True)
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(
+        *columns, console=waiting, transient=True, disable=not waiting.is_terminal
+    ) as progress:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total or None)
+            progress.update(bars[what], completed=done, total=total or None)
+
+        yield show
+
+
 def _doctor() -> int:
     from mobilevit_jax.tools import doctor
 
@@ -368,7 +595,7 @@ def _doctor() -> int:
 def _run(argv: Sequence[str]) -> int:
     config_arguments, rest = _split_config_arguments(argv)
     args = _parser().parse_args(rest)
-    if config_arguments and args.verb not in ("train", "eval"):
+    if config_arguments and args.verb not in ("train", "eval", "data"):
         raise UsageError(f"{args.verb} takes no {config_arguments[0].partition('=')[0]}")
     _prepare_environment()
     if args.verb == "train":
@@ -382,6 +609,10 @@ def _run(argv: Sequence[str]) -> int:
         _convert(args)
     elif args.verb == "profile":
         _profile(args)
+    elif args.verb == "data":
+        _data(args, config_arguments)
+    elif args.verb == "prepare":
+        _prepare(args)
     else:
         return _doctor()
     return 0
@@ -395,20 +626,24 @@ def main(argv: Sequence[str]) -> int:
             return _run(argv)
         except UsageError as error:
             return _fail(error, 2)
+        except Interrupted as error:
+            return _fail(error, 143)
         except Exception as error:
             return _fail(error, _status(error))
 
 
 def _status(error: Exception) -> int:
     """The exit status of an error that a user can mend; any other is raised again."""
-    from mobilevit_jax import build, checkpoint, train
     from mobilevit_jax.data import record
+
+    if isinstance(error, record.DataError):  # by itself: the imports below take seconds
+        return 3
+    from mobilevit_jax import build, checkpoint, train
 
     statuses = {
         build.ConfigError: 2,
         checkpoint.MismatchError: 2,
         checkpoint.CheckpointError: 3,
-        record.DataError: 3,
         train.NonFiniteError: 4,
         train.SavedAndStopped: 143,
     }

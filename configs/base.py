@@ -42,6 +42,18 @@ def get_config() -> ConfigDict:
     config.task.name = "classification"
     # Share of the target that is spread over all classes, in training.
     config.task.label_smoothing = 0.1
+    # Alpha of mixup, which adds two images of a batch; 0 for none, 0.2 in MobileViT v2.
+    config.task.mixup = 0.0
+    # Alpha of cutmix, which puts a box of one image into another; 0 for none, 1 in MobileViT v2.
+    config.task.cutmix = 0.0
+    # Share of the batches that are mixed. With both of them on, either gets half of these.
+    config.task.mix_probability = 0.5
+    # Share of the images in which a box is set to 0; 0.25 in MobileViT v2.
+    config.task.random_erasing = 0.0
+    # Share of the image's area that the box covers.
+    config.task.erasing_scale = (0.02, 0.33)
+    # Height over width of the box.
+    config.task.erasing_ratio = (0.3, 3.3)
 
     # What the network wants to see; travels with its weights (data/transforms.py:InputSpec).
     config.input = ConfigDict()
@@ -65,20 +77,37 @@ def get_config() -> ConfigDict:
     # Held out of <class>/*.jpg for evaluation, when there is no val directory.
     config.data.val_fraction = 0.1
 
-    # Augmentation in training: data/transforms.py:TRANSFORMS and the arguments of its function.
+    # Share of the images that may be broken: named, and replaced by their neighbours. Beyond, stop.
+    config.max_corrupt = 0.01
+
+    # Image and batch sizes in training: data/multiscale.py:MULTISCALES and the arguments of its
+    # function. "fixed" is config.input.size at config.batch_size in every step.
+    config.multiscale = ConfigDict()
+    config.multiscale.name = "fixed"
+
+    # Crop in training: data/transforms.py:TRANSFORMS and the arguments of its function.
     config.augment = ConfigDict()
     config.augment.name = "random_resized_crop"
     # Share of the image's area that a crop covers.
     config.augment.scale = (0.08, 1.0)
     # Width over height of a crop.
     config.augment.ratio = (3 / 4, 4 / 3)
-    config.augment.interpolation = "bilinear"
+    # linear | fast_aa | pil_bilinear | pil_bicubic: from fast to exactly torchvision's.
+    config.augment.resize = "fast_aa"
     # Mirror half of the images.
     config.augment.flip = True
 
+    # What happens to the crop then: data/augment.py:POLICIES and the arguments of its function.
+    config.policy = ConfigDict()
+    config.policy.name = "none"
+
     config.loader = ConfigDict()
-    # Threads that decode and augment; 0 does it in the main thread.
-    config.loader.threads = 8
+    # Threads that decode and augment; -1 is one a core, at most 16; 0 does it in the main thread.
+    config.loader.threads = -1
+    # Processes instead, for hosts that give more than 16 cores to loading.
+    config.loader.processes = 0
+    # Threads that only read, ahead of those that decode: for storage that is slow to answer.
+    config.loader.readers = 0
     # Batches made ahead.
     config.loader.prefetch = 2
 

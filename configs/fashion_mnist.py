@@ -34,9 +34,9 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict(
         {
             "name": "pad_crop",
-            "resize": 28,
+            "short": 28,
             "padding": 2,
-            "interpolation": "bilinear",
+            "resize": "pil_bilinear",
             # A mirrored shirt is a shirt.
             "flip": True,
         }

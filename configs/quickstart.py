@@ -28,10 +28,10 @@ def get_config() -> ConfigDict:
         {
             "name": "pad_crop",
             # Short side in pixels before padding.
-            "resize": 32,
+            "short": 32,
             # Black pixels added on each side; the crop then moves within them.
             "padding": 3,
-            "interpolation": "bilinear",
+            "resize": "pil_bilinear",
             # A mirrored digit is another sign.
             "flip": False,
         }

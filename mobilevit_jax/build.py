@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict as Config
 
 from mobilevit_jax import optim, report, schedule, steps
-from mobilevit_jax.data import sources, transforms
+from mobilevit_jax.data import augment, multiscale, pipeline, sources, transforms
 from mobilevit_jax.data.record import Source
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tasks import classification
@@ -51,19 +51,20 @@ class Experiment(NamedTuple):
     network: Network
     train_source: Source
     val_source: Source
-    augment: transforms.Transform
+    transform: transforms.Transform
+    # Image and batch size of every step.
+    shapes: multiscale.Shapes
     tx: optim.Optimizer
     curve: schedule.Curve
     seed: int
-    batch_size: int
     accum: int
     ema_decay: float
     init: str
     freeze_backbone: bool
     # Arguments of evaluate.make.
-    evaluation: dict[str, int]
-    threads: int
-    prefetch: int
+    evaluation: dict[str, Any]
+    workers: pipeline.Workers
+    max_corrupt: float
     total_steps: int
     eval_every: int
     log_every: int
@@ -147,7 +148,7 @@ def resolve(
     config: Config,
     describe: Callable[[str], tuple[str, zoo.nn.Module, transforms.InputSpec]],
     *,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | None,
 ) -> Config:
     """Fills in what a recipe leaves to the model it begins with (`config.init`).
 
@@ -157,12 +158,13 @@ def resolve(
     Args:
         config: as the recipe and the command line have it.
         describe: reference -> family, model, input specification.
-        workdir: of the run; one that began with the same model already knows it, so that going on
-            needs the reference no more.
+        workdir: of the run, if there is one; one that began with the same model already knows it,
+            so that going on needs the reference no more.
     """
     if not config.init:
         return config
-    before = from_json(workdir / CONFIG) if (workdir / CONFIG).exists() else None
+    path = workdir and workdir / CONFIG
+    before = from_json(path) if path and path.exists() else None
     if before is not None and before.init == config.init:
         group, spec = plain(before.model), input_spec(before)
     else:
@@ -240,16 +242,40 @@ def source(config: Config, split: str) -> Source:
     return _call("data", sources.SOURCES, plain(config.data), split=split)
 
 
-def evaluation(config: Config) -> dict[str, int]:
-    """How a split is read: batch_size, threads, prefetch.
+def transform(config: Config) -> transforms.Transform:
+    """What a training image goes through.
+
+    Raises:
+        ConfigError: an unknown crop or policy, or an argument of one.
+    """
+    policy = _call("policy", augment.POLICIES, plain(config.policy))
+    return _call("augment", transforms.TRANSFORMS, plain(config.augment), policy=policy)
+
+
+def workers(config: Config) -> pipeline.Workers:
+    """Who loads the images.
+
+    Raises:
+        ConfigError: a negative number.
+    """
+    group = plain(config.loader)
+    threads = group.pop("threads")
+    for key, value in [("threads", threads + 1), *group.items()]:
+        if value < 0:
+            raise ConfigError(f"config.loader.{key} is {getattr(config.loader, key)}, too small")
+    return pipeline.Workers(threads=None if threads == -1 else threads, **group)
+
+
+def evaluation(config: Config) -> dict[str, Any]:
+    """How a split is read: batch_size, workers, max_corrupt.
 
     Raises:
         ConfigError: a batch that the devices cannot share equally.
     """
     return {
         "batch_size": _shared(config.eval.batch_size, "eval.batch_size"),
-        "threads": config.loader.threads,
-        "prefetch": config.loader.prefetch,
+        "workers": workers(config),
+        "max_corrupt": _share("max_corrupt", config.max_corrupt),
     }
 
 
@@ -262,6 +288,36 @@ def _shared(batch_size: int, key: str) -> int:
     return batch_size
 
 
+def _share(key: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"config.{key} is {value}; it is a share, from 0 to 1")
+    return value
+
+
+def shapes(config: Config) -> multiscale.Shapes:
+    """Image size and batch size of every training step.
+
+    Raises:
+        ConfigError: a batch that the devices, or the accumulated parts, cannot share equally.
+    """
+    _positive("accum", config.accum)
+    parts = config.accum * jax.device_count()
+    if _shared(config.batch_size, "batch_size") % parts:
+        raise ConfigError(
+            f"config.accum is {config.accum}; config.batch_size ({config.batch_size}) must be a "
+            f"multiple of accum times {jax.device_count()} devices, that is of {parts}"
+        )
+    return _call(
+        "multiscale",
+        multiscale.MULTISCALES,
+        plain(config.multiscale),
+        size=input_spec(config).size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        multiple_of=parts,
+    )
+
+
 def experiment(config: Config) -> Experiment:
     """Builds all of a training run except its state.
 
@@ -269,14 +325,8 @@ def experiment(config: Config) -> Experiment:
         ConfigError: the config names something unknown or out of range.
         DataError: the images are not there or not as they should be.
     """
-    for key, value in (("accum", config.accum), ("checkpoint.keep", config.checkpoint.keep)):
-        _positive(key, value)
-    parts = config.accum * jax.device_count()
-    if _shared(config.batch_size, "batch_size") % parts:
-        raise ConfigError(
-            f"config.accum is {config.accum}; config.batch_size ({config.batch_size}) must be a "
-            f"multiple of accum times {jax.device_count()} devices, that is of {parts}"
-        )
+    _positive("checkpoint.keep", config.checkpoint.keep)
+    step_shapes = shapes(config)
     if not 0.0 <= config.ema_decay < 1.0:
         raise ConfigError(
             f"config.ema_decay is {config.ema_decay}; it must be at least 0 and below 1"
@@ -290,9 +340,7 @@ def experiment(config: Config) -> Experiment:
 
     def in_steps(key: str, text: str) -> int:
         with _reading(key):
-            return schedule.duration(
-                text, num_examples=len(train_source), batch_size=config.batch_size
-            )
+            return schedule.duration(text, num_examples=len(train_source), steps=step_shapes.steps)
 
     total_steps = in_steps("duration", config.duration)
     _positive("duration", total_steps)
@@ -308,18 +356,18 @@ def experiment(config: Config) -> Experiment:
         network=network(config, train_source.class_names),
         train_source=train_source,
         val_source=val_source,
-        augment=_call("augment", transforms.TRANSFORMS, plain(config.augment)),
+        transform=transform(config),
+        shapes=step_shapes,
         tx=optim.head_only(tx) if config.freeze_backbone else tx,
         curve=curve,
         seed=config.seed,
-        batch_size=config.batch_size,
         accum=config.accum,
         ema_decay=config.ema_decay,
         init=config.init,
         freeze_backbone=config.freeze_backbone,
         evaluation=evaluation(config),
-        threads=config.loader.threads,
-        prefetch=config.loader.prefetch,
+        workers=workers(config),
+        max_corrupt=_share("max_corrupt", config.max_corrupt),
         total_steps=total_steps,
         eval_every=in_steps("eval.every", config.eval.every),
         log_every=in_steps("log.every", config.log.every),

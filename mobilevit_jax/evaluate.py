@@ -28,14 +28,16 @@ class Evaluator(NamedTuple):
     network: build.Network
     source: Source
     batch_size: int
-    threads: int
-    prefetch: int
+    workers: pipeline.Workers
+    max_corrupt: float
     mesh: Mesh
 
 
 class Predictions(NamedTuple):
-    """Per example, in the order of the source."""
+    """Per example, in the order of the source; broken ones are left out."""
 
+    # Into the source.
+    index: Int[np.ndarray, " n"]
     label: Int[np.ndarray, " n"]
     predicted: Int[np.ndarray, " n"]
     # Probability of the predicted class, and of the label.
@@ -49,8 +51,8 @@ def make(
     source: Source,
     *,
     batch_size: int,
-    threads: int,
-    prefetch: int,
+    workers: pipeline.Workers,
+    max_corrupt: float,
     mesh: Mesh,
 ) -> Evaluator:
     """Compiles the evaluation of a network over a split.
@@ -60,8 +62,8 @@ def make(
         variables: its variables, or their shapes and shardings.
         source: the split.
         batch_size: images at a time, over all devices and hosts; any size counts every image once.
-        threads: that decode images.
-        prefetch: batches made ahead.
+        workers: who loads the images.
+        max_corrupt: share of the split that may be broken; it counts for nothing.
         mesh: where it runs.
     """
     everywhere = sharding.replicated(mesh)
@@ -82,8 +84,8 @@ def make(
         network=network,
         source=source,
         batch_size=batch_size,
-        threads=threads,
-        prefetch=prefetch,
+        workers=workers,
+        max_corrupt=max_corrupt,
         mesh=mesh,
     )
 
@@ -92,9 +94,10 @@ def _batches(evaluator: Evaluator) -> pipeline.Batches:
     return pipeline.eval_batches(
         evaluator.source,
         transforms.evaluation(evaluator.network.input_spec),
+        size=evaluator.network.input_spec.size,
         batch_size=evaluator.batch_size,
-        threads=evaluator.threads,
-        prefetch=evaluator.prefetch,
+        workers=evaluator.workers,
+        max_corrupt=evaluator.max_corrupt,
         host=(jax.process_index(), jax.process_count()),
     )
 
@@ -109,6 +112,7 @@ def metrics(evaluator: Evaluator, variables: Tree) -> dict[str, float]:
             )
             # Without waiting, the host would put the whole split on the device ahead of the work.
             jax.block_until_ready(totals)
+            batches.recycle(batch)
     return evaluator.network.task.summarize(jax.device_get(totals))
 
 
@@ -122,9 +126,11 @@ def predictions(evaluator: Evaluator, variables: Tree) -> Predictions:
             )
             probability = jax.device_get(outputs["probability"])  # b k
             label, rows = batch["label"], np.arange(len(probability))
+            index = len(columns) * evaluator.batch_size + rows
             predicted = probability.argmax(axis=-1)
-            each = (label, predicted, probability[rows, predicted], probability[rows, label])
+            each = (index, label, predicted, probability[rows, predicted], probability[rows, label])
             columns.append(tuple(column[batch["mask"]] for column in each))
+            batches.recycle(batch)
     return Predictions(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 

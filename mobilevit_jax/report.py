@@ -78,7 +78,7 @@ class Report:
             steps are taken again; at 0 all are, as the first evaluation is repeated too.
         total_steps: length of the whole run.
         start_step: step of the checkpoint this start resumes from, else 0.
-        batch_size: global images per step.
+        images: how many have been seen after a step, over all hosts.
         writers: names in WRITERS; ValueError if unknown or not installed.
         elapsed: seconds trained before this start, from the checkpoint.
         console: where to print; by default standard output.
@@ -91,7 +91,7 @@ class Report:
         *,
         total_steps: int,
         start_step: int,
-        batch_size: int,
+        images: Callable[[int], int],
         writers: Sequence[str] = (),
         elapsed: float = 0.0,
         console: Console | None = None,
@@ -102,7 +102,7 @@ class Report:
                 raise ValueError(
                     f"config.log.writers: {name!r} is unknown; allowed: {', '.join(WRITERS)}"
                 )
-        self._total, self._start, self._batch_size = total_steps, start_step, batch_size
+        self._total, self._start, self._images = total_steps, start_step, images
         self._writers = [WRITERS[name](workdir, start_step) for name in writers]
         path = workdir / "metrics.jsonl"
         rows = read_metrics(path) if start_step and path.exists() else []
@@ -153,7 +153,7 @@ class Report:
         JSON has no NaN or infinity: they are written as null, and `read_metrics` gives NaN.
         """
         numbers = {name: float(value) for name, value in values.items()}
-        row = {"step": step, "images": step * self._batch_size, "time": round(self.elapsed, 3)}
+        row = {"step": step, "images": self._images(step), "time": round(self.elapsed, 3)}
         self._file.write(_encode(row | numbers))
         self._file.flush()
         for writer in self._writers:
@@ -200,7 +200,7 @@ class Report:
         now = self._clock()
         seconds = now - self._logged_at - self._paused
         seconds = seconds if seconds > 0 else math.nan
-        speed = (step - self._logged_step) * self._batch_size / seconds
+        speed = (self._images(step) - self._images(self._logged_step)) / seconds
         share = self._waited / seconds
         self.scalars(step, {**values, "time/img_per_s": speed, "time/wait_share": share})
         self._logged_at, self._logged_step, self._waited, self._paused = now, step, 0.0, 0.0

@@ -14,13 +14,13 @@ Curve = Callable[[ArrayLike], Array]
 UNITS = ("steps", "epochs", "examples")
 
 
-def duration(text: str, *, num_examples: int, batch_size: int) -> int:
+def duration(text: str, *, num_examples: int, steps: Callable[[float], int]) -> int:
     """Steps in a duration such as "20000 steps", "300 epochs", "0.5 epochs" or "1e6 examples".
 
     Args:
         text: an amount and a unit, one of `UNITS`.
         num_examples: examples in an epoch.
-        batch_size: global batch size.
+        steps: how many steps it takes to see so many examples.
 
     Raises:
         ValueError: no amount, a negative one, or an unknown unit.
@@ -39,7 +39,7 @@ def duration(text: str, *, num_examples: int, batch_size: int) -> int:
     if unit.startswith("step"):
         return round(amount)
     examples = amount * num_examples if unit.startswith("epoch") else amount
-    return max(1, round(examples / batch_size)) if examples else 0
+    return steps(examples)
 
 
 def due(step: int, *, every: int, total: int) -> bool:

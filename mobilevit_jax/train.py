@@ -27,7 +27,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding
 
 from mobilevit_jax import build, checkpoint, evaluate, report, schedule, sharding, steps, tree
-from mobilevit_jax.data import pipeline, transforms
+from mobilevit_jax.data import multiscale, pipeline, transforms
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tree import Tree
 
@@ -125,7 +125,7 @@ def train(
                 workdir,
                 total_steps=run.total_steps,
                 start_step=start,
-                batch_size=run.batch_size,
+                images=run.shapes.position,
                 writers=run.writers,
                 elapsed=restored.meta["elapsed"] if restored else 0.0,
             )
@@ -136,7 +136,10 @@ def train(
         # 6 Compile ahead of time.
         with reporter.pausing("compile"):
             began = reporter.elapsed
-            train_program = _compile_train(run, mesh, abstract_state)
+            programs = {
+                shape: _compile_train(run, shape, mesh, abstract_state)
+                for shape in run.shapes.table
+            }
             evaluator = evaluate.make(
                 network,
                 abstract_state.variables("raw"),
@@ -145,8 +148,10 @@ def train(
                 **run.evaluation,
             )
             reporter.note(
-                f"compiled in {reporter.elapsed - began:.1f} s; "
-                f"{_cost(train_program, run.batch_size)}"
+                "\n".join(
+                    [f"compiled in {reporter.elapsed - began:.1f} s"]
+                    + [_cost(shape, program) for shape, program in programs.items()]
+                )
             )
 
         def evaluate_both() -> dict[str, float]:
@@ -183,27 +188,31 @@ def train(
         batches = stack.enter_context(
             pipeline.train_batches(
                 run.train_source,
-                run.augment,
-                size=network.input_spec.size,
+                run.transform,
+                shapes=run.shapes,
                 seed=run.seed,
-                batch_size=run.batch_size,
                 start_step=start,
-                threads=run.threads,
-                prefetch=run.prefetch,
+                workers=run.workers,
+                max_corrupt=run.max_corrupt,
                 host=(jax.process_index(), jax.process_count()),
             )
         )
         pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+        reading: collections.deque[pipeline.Batch] = collections.deque()
         for step in range(start + 1, run.total_steps + 1):
             with reporter.waiting():
                 batch = next(batches)
             if step == 1:
                 _sample_sheet(workdir, batch, network.class_names)
-            state, step_metrics = train_program(state, sharding.put_batch(batch, mesh))
+            program = programs[run.shapes.at(step - 1)]
+            state, step_metrics = program(state, sharding.put_batch(batch, mesh))
             pending.append(step_metrics)
+            reading.append(batch)
             if len(pending) > 1:
                 # The host stays one step ahead of the device and no more, or batches pile up there.
                 jax.block_until_ready(pending[-2])
+            while len(reading) > 1:
+                batches.recycle(reading.popleft())
             reporter.advance(step)
 
             due = functools.partial(schedule.due, step, total=run.total_steps)
@@ -271,7 +280,9 @@ def _warm_start(
     )
 
 
-def _compile_train(run: build.Experiment, mesh: Mesh, abstract_state: steps.TrainState) -> Any:
+def _compile_train(
+    run: build.Experiment, shape: multiscale.Shape, mesh: Mesh, abstract_state: steps.TrainState
+) -> Any:
     network = run.network
     step = functools.partial(
         steps.train_step,
@@ -285,17 +296,18 @@ def _compile_train(run: build.Experiment, mesh: Mesh, abstract_state: steps.Trai
         accum=run.accum,
         freeze_backbone=run.freeze_backbone,
     )
-    batch = sharding.abstract_batch(mesh, batch_size=run.batch_size, size=network.input_spec.size)
+    size = shape.height, shape.width
+    batch = sharding.abstract_batch(mesh, batch_size=shape.batch_size, size=size)
     program = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
     return program.lower(abstract_state, batch).compile()
 
 
-def _cost(program: Any, batch_size: int) -> str:
+def _cost(shape: multiscale.Shape, program: Any) -> str:
     """Arithmetic and memory of a compiled train step, as the compiler counts them."""
-    parts = []
+    parts = [f"{shape.batch_size} images of {shape.height}x{shape.width} a step"]
     cost = program.cost_analysis() or {}
     if cost.get("flops", 0) > 0:
-        parts.append(f"{cost['flops'] / 1e9:.1f} GFLOP a step of {batch_size} images")
+        parts.append(f"{cost['flops'] / 1e9:.1f} GFLOP")
     memory = program.memory_analysis()
     if memory is not None:
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -392,8 +404,9 @@ def _describe(
     reporter.table(zoo.summary(network.model, size=network.input_spec.size))
     reporter.note(
         f"{len(run.train_source):,} training and {len(run.val_source):,} validation images of "
-        f"{len(network.class_names)} classes; {run.total_steps:,} steps of {run.batch_size} images "
-        f"on {jax.device_count()} {jax.devices()[0].device_kind}; workdir {workdir}"
+        f"{len(network.class_names)} classes; {run.total_steps:,} steps, "
+        f"{run.shapes.position(run.total_steps):,} images, on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind}; workdir {workdir}"
     )
     if start:
         reporter.note(f"resuming after step {start:,} of {run.total_steps:,}")
@@ -422,10 +435,14 @@ def _draw(workdir: pathlib.Path, run: build.Experiment, predictions: evaluate.Pr
     wrong = np.flatnonzero(predictions.label != predictions.predicted)
     worst = wrong[np.argsort(predictions.label_probability[wrong], kind="stable")][:SHEET]
     if len(worst):
-        view = transforms.evaluation(run.network.input_spec)
+        spec = run.network.input_spec
+        view = transforms.evaluation(spec)
+        images = np.empty((len(worst), *spec.size, 3), np.uint8)
+        for image, i in zip(images, worst, strict=True):
+            view(run.val_source[int(predictions.index[i])], image)
         report.sample_sheet(
             workdir / "mistakes.png",
-            np.stack([view(run.val_source[int(i)]) for i in worst]),
+            images,
             [
                 f"{names[predictions.label[i]]} → {names[predictions.predicted[i]]}\n"
                 f"{100 * predictions.confidence[i]:.0f} %"

@@ -46,3 +46,10 @@ def import_timm():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("timm", reason=REASON)
+
+
+def import_torchvision():
+    _prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("torchvision", reason=REASON)

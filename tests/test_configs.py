@@ -79,10 +79,10 @@ def test_whole_train_step_by_shape(recipe, monkeypatch):
         accum=run.accum,
         freeze_backbone=run.freeze_backbone,
     )
-    batch = sharding.abstract_batch(
-        sharding.make_mesh(), batch_size=run.batch_size, size=network.input_spec.size
-    )
-    new_state, metrics = jax.eval_shape(step, state, batch)
-    assert tree.difference(state, new_state) == []
-    assert metrics["loss"].shape == ()
+    mesh = sharding.make_mesh()
+    for height, width, batch_size in run.shapes.table:
+        batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=(height, width))
+        new_state, metrics = jax.eval_shape(step, state, batch)
+        assert tree.difference(state, new_state) == []
+        assert metrics["loss"].shape == ()
     assert run.total_steps > run.eval_every > 0

@@ -42,7 +42,7 @@ def make(workdir, clock, **changes):
     arguments: dict[str, Any] = {
         "total_steps": 100,
         "start_step": 0,
-        "batch_size": 32,
+        "images": lambda step: 32 * step,
         "console": plain_console(),
     }
     return report.Report(workdir, clock=clock, **(arguments | changes))
@@ -168,7 +168,7 @@ def test_a_broken_row_inside_the_file_is_an_error_that_names_it(tmp_path):
 def test_a_row_outlives_a_kill(tmp_path):
     code = (
         "import os, pathlib, sys; from mobilevit_jax.report import Report\n"
-        "run = Report(pathlib.Path(sys.argv[1]), total_steps=9, start_step=0, batch_size=1)\n"
+        "run = Report(pathlib.Path(sys.argv[1]), total_steps=9, start_step=0, images=int)\n"
         "run.scalars(1, {'x': 1.0}); os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -3,6 +3,9 @@ import math
 import pytest
 
 from mobilevit_jax import schedule
+from mobilevit_jax.data import multiscale
+
+STEPS = multiscale.Shapes((multiscale.Shape(256, 256, 1024),)).steps
 
 
 @pytest.mark.parametrize(
@@ -21,7 +24,7 @@ def test_duration(text, steps):
     if text == "300 epochs":
         steps = round(300 * 1281167 / 1024)
         assert steps == 375342
-    assert schedule.duration(text, num_examples=1281167, batch_size=1024) == steps
+    assert schedule.duration(text, num_examples=1281167, steps=STEPS) == steps
 
 
 @pytest.mark.parametrize(
@@ -29,7 +32,7 @@ def test_duration(text, steps):
 )
 def test_bad_duration_says_how_to_write_one(text):
     with pytest.raises(ValueError, match="'20000 steps' or '300 epochs'"):
-        schedule.duration(text, num_examples=10, batch_size=2)
+        schedule.duration(text, num_examples=10, steps=STEPS)
 
 
 def test_due():

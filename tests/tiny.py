@@ -16,7 +16,7 @@ def get_config():
     config.input.resize = 16
     config.unlock()
     config.data = ConfigDict({"name": "digits", "val_fraction": 0.02})
-    config.augment = ConfigDict({"name": "pad_crop", "resize": 16, "padding": 2})
+    config.augment = ConfigDict({"name": "pad_crop", "short": 16, "padding": 2})
     config.lock()
     config.loader.threads = 2
     config.schedule.warmup = "2 steps"

@@ -1,87 +1,133 @@
-"""Batches from a source: which examples make up a step, and threads that decode them ahead of time.
+"""Batches from a source: which examples make up a step, and workers that make them ahead of time.
 
 A training batch is a pure function of (seed, step): `plan` says which example sits in which row,
-and each row augments with a generator of its own, keyed by (seed, position). So to resume takes
-only the step, and neither threads nor hosts change what is seen. Decoding, resizing and reading
-release the GIL; hence threads and no processes. Buffers are not recycled: on CPU jax aliases
-the memory of a numpy array it is given, so writing into it again would change the jax array.
+and each row augments with a generator of its own, keyed by (seed, epoch, index). So to resume takes
+only the step, and neither threads nor processes nor hosts change what is seen. Decoding, resizing
+and reading release the GIL, hence threads; a host with more than some 16 cores for loading does
+better with processes, which write into the same memory.
+
+Batches lie in buffers that are used again once they are given back by `recycle`. On CPU jax shares
+the memory of a numpy array that it is given, so give a batch back only when the step that reads it
+is over; that rule is right for every device.
 """
 
 import collections
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
-from mobilevit_jax.data.record import DataError, Record, Source
-from mobilevit_jax.data.transforms import Transform
+from mobilevit_jax.data import buffers, rows
+from mobilevit_jax.data.multiscale import Shapes
+from mobilevit_jax.data.record import DataError, Source
+from mobilevit_jax.data.transforms import Transform, View
 
 Batch = dict[str, np.ndarray]  # image uint8 [b, h, w, 3], label int32 [b], mask bool [b]
 
-PIECE = 8  # rows a thread takes at a time: enough to hide the queue, few enough to share a batch
 MAX_DEFAULT_THREADS = 16  # beyond, threads of one process only wait for the GIL
 
 
 class Plan(NamedTuple):
-    """Which examples make up one global training batch."""
+    """Which examples make up one global training batch, and the size of their images."""
 
-    positions: Int[np.ndarray, " b"]  # int64: examples since step 0
+    height: int
+    width: int
     epochs: Int[np.ndarray, " b"]
     indices: Int[np.ndarray, " b"]  # into the source
 
 
-def plan(step: int, *, seed: int, num_examples: int, batch_size: int) -> Plan:
+def plan(step: int, *, seed: int, num_examples: int, shapes: Shapes) -> Plan:
     """The examples of training step `step` (from 0). Pure; every epoch is a new permutation.
 
     An epoch may begin in the middle of a batch: nothing is dropped and nothing repeated.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    height, width, batch_size = shapes.at(step)
+    first = shapes.position(step)
+    positions = np.arange(first, first + batch_size, dtype=np.int64)
     epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty_like(positions)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        rows = epochs == epoch
-        indices[rows] = _permutation(seed, epoch, num_examples)[offsets[rows]]
-    return Plan(positions, epochs, indices)
+        here = epochs == epoch
+        indices[here] = _permutation(seed, epoch, num_examples)[offsets[here]]
+    return Plan(height, width, epochs, indices)
+
+
+class Workers(NamedTuple):
+    """Who makes the batches, and how far ahead."""
+
+    # That decode and augment; 0 does it in the calling thread; None is one per core, at most 16.
+    threads: int | None = None
+    # In place of threads, on hosts with many cores: each starts in about a second.
+    processes: int = 0
+    # Threads that only read, ahead of those that decode; for storage with long answering times.
+    readers: int = 0
+    # Batches worked on ahead of the one asked for.
+    prefetch: int = 2
 
 
 class Batches:
     """An iterator of batches, made by `train_batches` or `eval_batches`; close it, or use `with`.
 
-    What goes wrong in a thread is raised by the `next` of the batch that it belongs to; the
-    following `next` goes on with the batch after. An iterator that is dropped stops its threads.
+    What goes wrong in a worker is raised by the `next` of the batch that it belongs to; the
+    following `next` goes on with the batch after. An iterator that is dropped stops its workers.
+
+    Attributes:
+        corrupt: what is wrong with each broken example met so far, by its number in the source.
     """
 
     def __init__(
         self,
-        job: Callable[[int], "_Job"],
-        steps: Iterator[int],
+        make: rows.TrainRows | rows.EvalRows,
+        jobs: Iterator[rows.Job],
         *,
-        threads: int | None,
-        prefetch: int,
+        workers: Workers,
+        max_corrupt: float,
     ) -> None:
-        threads = _default_threads() if threads is None else threads
-        if threads < 0 or prefetch < 0:
-            raise ValueError(
-                f"threads is {threads} and prefetch {prefetch}; neither may be below 0"
-            )
-        self._job, self._steps, self._prefetch = job, steps, prefetch
-        self._flight: collections.deque[tuple[_Job, list[Future[None]]]] = collections.deque()
+        threads = default_threads() if workers.threads is None else workers.threads
+        if min(threads, workers.processes, workers.readers, workers.prefetch) < 0:
+            raise ValueError(f"{workers}: no number may be below 0")
+        if not 0.0 <= max_corrupt <= 1.0:
+            raise ValueError(f"max_corrupt is {max_corrupt}; it is a share, from 0 to 1")
+        self.corrupt: dict[int, str] = {}
+        self._make, self._jobs, self._max_corrupt = make, jobs, max_corrupt
+        self._ahead = workers.prefetch
+        self._flight: collections.deque[tuple[rows.Job, Batch, list[Future[list[rows.Row]]]]] = (
+            collections.deque()
+        )
+        self._buffers = buffers.Buffers(shared=bool(workers.processes))
         self._stop = threading.Event()
         self._closed = False
-        self._pool = ThreadPoolExecutor(threads, "batches") if threads else None
+        self._pool: Executor | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        if workers.processes:
+            self._pool = ProcessPoolExecutor(
+                workers.processes,
+                # Never fork: jax has threads by now.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=rows.start_process,
+                initargs=(make,),
+            )
+        elif threads:
+            self._pool = ThreadPoolExecutor(threads, "batches")
+            if workers.readers:
+                self._readers = ThreadPoolExecutor(workers.readers, "readers")
         # Holds no reference to self, nor does any job: so a dropped iterator is collected.
-        self._finalizer = weakref.finalize(self, _shut_down, self._pool, self._stop, wait=False)
+        self._pools: list[Executor] = [pool for pool in (self._readers, self._pool) if pool]
+        self._finalizer = weakref.finalize(self, _shut_down, self._pools, self._stop, wait=False)
         if self._pool is not None:
-            self._launch(prefetch)
+            self._launch(self._ahead)
 
     def __iter__(self) -> "Batches":
         return self
@@ -90,23 +136,34 @@ class Batches:
         if self._closed:
             raise ValueError("these batches are closed; make new ones to go on reading")
         if self._pool is None:
-            job = self._job(next(self._steps))
-            for piece in job.pieces():
-                job.fill(piece, self._stop)
-            return job.batch()
-        self._launch(self._prefetch + 1)
+            job = next(self._jobs)
+            batch = self._empty(job)
+            pieces = [
+                rows.fill(self._make, job, batch["image"], piece, None) for piece in job.pieces()
+            ]
+            return self._finished(batch, pieces)
+        self._launch(self._ahead + 1)
         if not self._flight:
             raise StopIteration
-        job, futures = self._flight.popleft()
-        for future in futures:  # in order of rows, so that the first row's error is the one raised
-            future.result()
-        return job.batch()
+        job, batch, futures = self._flight.popleft()
+        # In order of rows, so that the first row's error is the one raised.
+        try:
+            return self._finished(batch, [future.result() for future in futures])
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a loader process was killed, perhaps for want of memory; lower "
+                "--config.loader.processes and run the same command again"
+            ) from error
+
+    def recycle(self, batch: Batch) -> None:
+        """Takes back the memory of a batch that nothing reads any more, for a batch to come."""
+        self._buffers.give(batch["image"])
 
     def close(self) -> None:
-        """Stops the threads after the row they are at, and waits for that. May be called twice."""
+        """Stops the workers after the row they are at, and waits for that. May be called twice."""
         self._closed = True
         self._finalizer.detach()
-        _shut_down(self._pool, self._stop, wait=True)
+        _shut_down(self._pools, self._stop, wait=True)
         self._flight.clear()
 
     def __enter__(self) -> "Batches":
@@ -120,160 +177,159 @@ class Batches:
     ) -> None:
         self.close()
 
+    def _empty(self, job: rows.Job) -> Batch:
+        return {
+            "image": self._buffers.take((job.num_rows, job.height, job.width, 3)),
+            "label": np.zeros(job.num_rows, np.int32),
+            "mask": np.zeros(job.num_rows, np.bool_),
+        }
+
     def _launch(self, limit: int) -> None:
         assert self._pool is not None
         while len(self._flight) < limit:
-            step = next(self._steps, None)
-            if step is None:
+            job = next(self._jobs, None)
+            if job is None:
                 return
-            job = self._job(step)
-            futures = [self._pool.submit(job.fill, piece, self._stop) for piece in job.pieces()]
-            self._flight.append((job, futures))
+            batch = self._empty(job)
+            futures = [self._submit(job, batch["image"], piece) for piece in job.pieces()]
+            self._flight.append((job, batch, futures))
+
+    def _submit(self, job: rows.Job, images: np.ndarray, piece: range) -> Future[list[rows.Row]]:
+        assert self._pool is not None
+        if isinstance(self._pool, ProcessPoolExecutor):
+            part = dataclasses.replace(
+                job,
+                epochs=job.epochs[piece.start : piece.stop],
+                indices=job.indices[piece.start : piece.stop],
+            )
+            where = buffers.shared_path(images)
+            return self._pool.submit(rows.fill_shared, part, where, piece.start)
+        reads = None
+        if self._readers is not None:
+            source = self._make.source
+            reads = [self._readers.submit(source.__getitem__, job.indices[i]) for i in piece]
+        return self._pool.submit(rows.fill, self._make, job, images, piece, reads, self._stop)
+
+    def _finished(self, batch: Batch, pieces: list[list[rows.Row]]) -> Batch:
+        done = list(itertools.chain.from_iterable(pieces))
+        for i, row in enumerate(done):
+            batch["label"][i] = row.label
+            batch["mask"][i] = row.valid
+            for index, problem in row.problems:
+                self._count(index, problem)
+        batch["image"][len(done) :] = 0  # padding: black, not what the buffer held before
+        return batch
+
+    def _count(self, index: int, problem: str) -> None:
+        if index in self.corrupt:
+            return
+        self.corrupt[index] = problem
+        num_examples = len(self._make.source)
+        if len(self.corrupt) > self._max_corrupt * num_examples:
+            raise DataError(
+                f"{len(self.corrupt)} of {num_examples} examples are broken, more than "
+                f"config.max_corrupt ({self._max_corrupt:.2%}) allows; the last: {problem}"
+            )
+        warnings.warn(f"broken example {len(self.corrupt)}: {problem}", stacklevel=3)
 
 
 def train_batches(
     source: Source,
     transform: Transform,
     *,
-    size: tuple[int, int],
+    shapes: Shapes,
     seed: int,
-    batch_size: int,
     start_step: int = 0,
-    threads: int | None = None,
-    prefetch: int = 2,
+    workers: Workers = Workers(),  # noqa: B008  (immutable)
+    max_corrupt: float = 0.0,
     host: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Endless training batches, from that of step `start_step` on.
 
+    A broken example is replaced by the next of the source, which is mostly of the same class.
+
     Args:
       source: the examples.
       transform: how a record becomes an image.
-      size: (height, width) of the images.
+      shapes: image size and global batch size of each step.
       seed: of the order and of the augmentation, at least 0.
-      batch_size: global; may exceed the number of examples.
       start_step: number of steps already taken.
-      threads: that decode; 0 decodes in the calling thread; None is one per core, at most 16.
-      prefetch: number of batches worked on ahead of the one asked for.
+      workers: who makes the batches.
+      max_corrupt: share of the source that may be broken before the run stops.
       host: (index, count) of this host, which yields rows index * b // count and following.
 
     Raises:
-      ValueError: `batch_size` is not a multiple of the number of hosts, or a value is out of range.
-      DataError: from `next`, if an example cannot be read or decoded.
+      ValueError: a batch size is not a multiple of the number of hosts, or a value out of range.
+      DataError: from `next`, if an example cannot be read, or too many are broken.
     """
     if not 0 <= seed < 2**64 or start_step < 0:
         raise ValueError(f"seed is {seed} and start_step {start_step}; neither may be below 0")
-    if min(size) < 1:
-        raise ValueError(f"size is {size}; height and width must be at least 1")
-    rows = _host_rows(batch_size, host)
+    hosts_rows = {shape.batch_size: _host_rows(shape.batch_size, host) for shape in shapes.table}
     num_examples = _num_examples(source)
 
-    def job(step: int) -> _Job:
-        batch = plan(step, seed=seed, num_examples=num_examples, batch_size=batch_size)
-        positions = batch.positions[rows.start : rows.stop].tolist()
-        indices = batch.indices[rows.start : rows.stop].tolist()
+    def job(step: int) -> rows.Job:
+        batch = plan(step, seed=seed, num_examples=num_examples, shapes=shapes)
+        own = hosts_rows[len(batch.indices)]
+        return rows.Job(
+            height=batch.height,
+            width=batch.width,
+            num_rows=len(own),
+            epochs=batch.epochs[own.start : own.stop].tolist(),
+            indices=batch.indices[own.start : own.stop].tolist(),
+        )
 
-        def render(row: int, record: Record) -> UInt8[np.ndarray, "h w 3"]:
-            return transform(record, _augmentation_rng(seed, positions[row]), size)
-
-        return _Job(source, render, indices, len(rows))
-
-    return Batches(job, itertools.count(start_step), threads=threads, prefetch=prefetch)
+    return Batches(
+        rows.TrainRows(source, transform, seed),
+        map(job, itertools.count(start_step)),
+        workers=workers,
+        max_corrupt=max_corrupt,
+    )
 
 
 def eval_batches(
     source: Source,
-    transform: Callable[[Record], UInt8[np.ndarray, "h w 3"]],
+    view: View,
     *,
+    size: tuple[int, int],
     batch_size: int,
-    threads: int | None = None,
-    prefetch: int = 2,
+    workers: Workers = Workers(),  # noqa: B008  (immutable)
+    max_corrupt: float = 0.0,
     host: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Every example once, in the source's order; the same number of batches on every host.
 
-    The last batch is filled up with zeros, where `mask` is false.
+    The last batch is filled up with black images, where `mask` is false; so is a broken example.
 
     Args:
       source: the examples.
-      transform: how a record becomes an image; all must come out of one size.
+      view: how a record becomes an image.
+      size: (height, width) of the images.
       batch_size: global; may exceed the number of examples.
-      threads: as in `train_batches`.
-      prefetch: as in `train_batches`.
+      workers: who makes the batches.
+      max_corrupt: share of the source that may be broken before the run stops.
       host: (index, count) of this host, which yields rows index * b // count and following.
 
     Raises:
       ValueError: `batch_size` is not a multiple of the number of hosts, or a value is out of range.
-      DataError: from `next`, if an example cannot be read or decoded.
+      DataError: from `next`, if an example cannot be read, or too many are broken.
     """
-    rows = _host_rows(batch_size, host)
+    own = _host_rows(batch_size, host)
     num_examples = _num_examples(source)
 
-    def render(row: int, record: Record) -> UInt8[np.ndarray, "h w 3"]:
-        return transform(record)
-
-    def job(step: int) -> _Job:
+    def job(step: int) -> rows.Job:
         first = step * batch_size
-        indices = [first + row for row in rows if first + row < num_examples]
-        return _Job(source, render, indices, len(rows))
+        indices = [first + row for row in own if first + row < num_examples]
+        return rows.Job(*size, num_rows=len(own), epochs=[0] * len(indices), indices=indices)
 
-    steps = iter(range(num_eval_batches(num_examples, batch_size)))
-    return Batches(job, steps, threads=threads, prefetch=prefetch)
+    steps = range(num_eval_batches(num_examples, batch_size))
+    return Batches(
+        rows.EvalRows(source, view), map(job, steps), workers=workers, max_corrupt=max_corrupt
+    )
 
 
 def num_eval_batches(num_examples: int, batch_size: int) -> int:
     """Number of batches of `eval_batches`, on every host."""
     return -(-num_examples // batch_size)
-
-
-@dataclasses.dataclass
-class _Job:
-    """One batch in the making. Its pieces are filled by any threads, in any order."""
-
-    source: Source
-    render: Callable[[int, Record], UInt8[np.ndarray, "h w 3"]]  # takes the row, for its generator
-    indices: list[int]  # examples of the first rows; the rows after them are padding
-    num_rows: int
-
-    def __post_init__(self) -> None:
-        self._image: np.ndarray | None = None
-        self._label = np.zeros(self.num_rows, np.int32)
-        self._lock = threading.Lock()
-
-    def pieces(self) -> list[range]:
-        """Cuts the rows into pieces; a batch of only padding is one empty piece."""
-        rows = range(len(self.indices))
-        return [rows[i : i + PIECE] for i in range(0, len(rows), PIECE)] or [rows]
-
-    def fill(self, piece: range, stop: threading.Event) -> None:
-        """Decodes the rows of a piece into the batch, until `stop` is set."""
-        for row in piece:
-            if stop.is_set():
-                return
-            record = self.source[self.indices[row]]
-            image = self.render(row, record)
-            buffer = self._buffer(image)
-            if image.shape != buffer.shape[1:] or image.dtype != np.uint8:
-                raise ValueError(
-                    f"the transform made {image.dtype} {image.shape} of {record.name}; "
-                    f"this batch holds uint8 {buffer.shape[1:]}"
-                )
-            buffer[row] = image
-            self._label[row] = record.label
-        if not piece:  # nothing but padding: any example tells the size
-            self._buffer(self.render(0, self.source[0]))
-
-    def batch(self) -> Batch:
-        """The finished batch."""
-        assert self._image is not None
-        mask = np.arange(self.num_rows) < len(self.indices)
-        return {"image": self._image, "label": self._label, "mask": mask}
-
-    def _buffer(self, image: UInt8[np.ndarray, "h w 3"]) -> np.ndarray:
-        """The batch's images, made when the first one tells their size."""
-        with self._lock:
-            if self._image is None:
-                self._image = np.zeros((self.num_rows, *image.shape), np.uint8)
-            return self._image
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs; 8 bytes an example
@@ -282,25 +338,6 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " 
     permutation = np.random.Generator(np.random.Philox(key=key)).permutation(num_examples)
     permutation.setflags(write=False)
     return permutation
-
-
-_thread = threading.local()
-
-
-def _augmentation_rng(seed: int, position: int) -> np.random.Generator:
-    """Generator(Philox(key=[seed, position], counter=[0, 0, 0, 1])), good until the next call.
-
-    The permutations' generators have the same keys but count from 0, and none gets as far as
-    2**192: the two never share a number. One generator a thread is set anew instead of built,
-    which takes 3 us and not 13.
-    """
-    if not hasattr(_thread, "rng"):
-        counter = np.array([0, 0, 0, 1], np.uint64)
-        philox = np.random.Philox(key=np.zeros(2, np.uint64), counter=counter)
-        _thread.rng, _thread.state = np.random.Generator(philox), philox.state
-    _thread.state["state"]["key"][:] = seed, position
-    _thread.rng.bit_generator.state = _thread.state
-    return _thread.rng
 
 
 def _host_rows(batch_size: int, host: tuple[int, int]) -> range:
@@ -324,13 +361,14 @@ def _num_examples(source: Source) -> int:
     return len(source)
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
+    """As many as this process may use cores, up to `MAX_DEFAULT_THREADS`."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux; the cores a container lends
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min(cores, MAX_DEFAULT_THREADS)
 
 
-def _shut_down(pool: ThreadPoolExecutor | None, stop: threading.Event, *, wait: bool) -> None:
+def _shut_down(pools: list[Executor], stop: threading.Event, *, wait: bool) -> None:
     stop.set()
-    if pool is not None:
+    for pool in pools:
         pool.shutdown(wait=wait, cancel_futures=True)

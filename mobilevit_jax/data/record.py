@@ -3,6 +3,7 @@
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Integer
 
 SPLITS = ("train", "val")
 
@@ -35,3 +36,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Record: ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A source that knows its labels without reading its examples. Training asks for no such."""
+
+    @property
+    def labels(self) -> Integer[np.ndarray, " n"]:
+        """The label of example i at position i."""
+        ...

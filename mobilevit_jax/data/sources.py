@@ -1,7 +1,7 @@
-"""Where labelled images come from: digits, Fashion-MNIST, a folder of classes, a TFDS dataset.
+"""Where labelled images come from: digits, Fashion-MNIST, a folder of classes; and the table.
 
 A source has a length, class names, and records; it neither decodes nor shuffles. Constructors look
-at the disk and report whatever a user can get wrong as one `DataError` line; none ever downloads.
+at the data and report whatever a user can get wrong as one `DataError` line; none ever downloads.
 All sources are picklable and may be read from many threads at once.
 """
 
@@ -12,15 +12,14 @@ import gzip
 import hashlib
 import importlib.util
 import os
-import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from mobilevit_jax.data import pack, prepared, storage
 from mobilevit_jax.data.record import SPLITS, DataError, Record, Source
 
 HELD_OUT = ("val", "validation", "valid", "test")  # folder names for "val": the first there is used
@@ -71,42 +70,11 @@ class _Files:
 
     def __getitem__(self, i: int) -> Record:
         path = f"{self.root}/{self.names[i]}"
-        try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a third of Path.open's time)
-                return Record(file.read(), bisect.bisect_right(self.ends, i), path)
-        except OSError as error:
-            raise DataError(
-                f"cannot read {path}: {error.strerror}; was it moved, or is it not yours to read?"
-            ) from error
+        return Record(storage.read(path), bisect.bisect_right(self.ends, i), path)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """One split of a TFDS dataset, read without decoding."""
-
-    root: str
-    name: str
-    class_names: tuple[str, ...]
-    rows: Sequence[Any]  # each a dict of features
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Record:
-        try:
-            row = self.rows[i]
-            image, label = row["image"], int(row["label"])  # None in a record that was cut off
-        except Exception as error:  # from array_record's C++ or protobuf, of many types
-            raise DataError(
-                f"cannot read {self.name}[{i}] of {self.root}: {_line(error)}; "
-                "prepare the dataset again"
-            ) from error
-        if not 0 <= label < len(self.class_names):
-            raise DataError(
-                f"{self.name}[{i}] of {self.root} has label {label}, which is none of the "
-                f"{len(self.class_names)} classes; choose a split that is labelled"
-            )
-        return Record(image, label, f"{self.name}[{i}]")
+    @property
+    def labels(self) -> Int[np.ndarray, " n"]:
+        return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
 
 
 def digits(split: str, *, val_fraction: float = 0.2, seed: int = 0) -> Source:
@@ -173,7 +141,7 @@ def folder(split: str, *, root: str, val_fraction: float = 0.1, seed: int = 0) -
 
     Args:
       split: "train" or "val".
-      root: the directory.
+      root: the directory, or a URL that fsspec knows: gs://bucket/folder, s3://bucket/folder.
       val_fraction: share held out for "val" where the files are not already divided, 0 to 1.
       seed: of that division.
 
@@ -182,26 +150,18 @@ def folder(split: str, *, root: str, val_fraction: float = 0.1, seed: int = 0) -
     """
     _check_split(split)
     _check_fraction(val_fraction)
-    top = Path(root).expanduser()
-    try:
-        train, val = _layout(top)
-        classes = _class_names(train, top)
-        if val is not None:
-            _same_classes(train, classes, val, _class_names(val, top))
-        if len(classes) == 1:
-            raise DataError(
-                f"found a single class, {classes[0]!r}, in {train}; at least two are needed; "
-                f"{_expected(top)}"
-            )
-        base = val if val is not None and split == "val" else train
-        files = _class_files(base, classes, top)
-    except OSError as error:
-        denied = isinstance(error, PermissionError)
+    top = root.rstrip("/") if storage.is_remote(root) else str(Path(root).expanduser())
+    train, val = _layout(top)
+    classes = _class_names(train, top)
+    if val is not None:
+        _same_classes(train, classes, val, _class_names(val, top))
+    if len(classes) == 1:
         raise DataError(
-            f"cannot read {error.filename}: {error.strerror}; "
-            + (f"type `chmod -R u+rX {top}` as its owner, or " if denied else "")
-            + "give another --config.data.root=DIRECTORY"
-        ) from error
+            f"found a single class, {classes[0]!r}, in {train}; at least two are needed; "
+            f"{_expected(top)}"
+        )
+    base = val if val is not None and split == "val" else train
+    files = _class_files(base, classes, top)
     if val is None:
         files = [_divide(names, split, val_fraction, seed) for names in files]
         if not any(files):
@@ -210,88 +170,15 @@ def folder(split: str, *, root: str, val_fraction: float = 0.1, seed: int = 0) -
             )
     ends = np.cumsum([len(names) for names in files])
     flat = tuple(name for names in files for name in names)
-    return _Files(str(base), classes, flat, tuple(ends.tolist()))
-
-
-def tfds(
-    split: str, *, root: str, train_split: str = "train", val_split: str = "validation"
-) -> Source:
-    """A TFDS dataset already prepared on disk in ArrayRecord form, read without TensorFlow.
-
-    Args:
-      split: "train" or "val".
-      root: the prepared directory, e.g. ~/tensorflow_datasets/imagenet2012/5.1.0.
-      train_split: TFDS's name of the training split; slices such as "train[:90%]" are allowed.
-      val_split: the same for the images to evaluate on.
-
-    Raises:
-      DataError: no such dataset, another file format, no image or label feature, unknown split.
-    """
-    import tensorflow_datasets  # 0.8 s, and only this source needs it
-
-    _check_split(split)
-    wanted = train_split if split == "train" else val_split
-    path = Path(root).expanduser()
-    if not (path / "dataset_info.json").is_file():
-        below = [*path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")]
-        hint = " or ".join(str(found.parent) for found in sorted(below)[:3])
-        raise DataError(
-            f"no prepared TFDS dataset in {path}: dataset_info.json is missing; "
-            + (f"did you mean {hint}?" if hint else "give --config.data.root=DIRECTORY")
-        )
-    builder: Any = tensorflow_datasets.builder_from_directory(path)  # its types say too little
-    features, splits = builder.info.features, builder.info.splits
-    if not isinstance(features, tensorflow_datasets.features.FeaturesDict):
-        features = {}
-    kinds = {
-        "image": tensorflow_datasets.features.Image,
-        "label": tensorflow_datasets.features.ClassLabel,
-    }
-    for key, kind in kinds.items():
-        if key not in features or not isinstance(features[key], kind):
-            there = [f"{name} ({type(f).__name__})" for name, f in sorted(features.items())]
-            raise DataError(
-                f"the TFDS dataset in {path} has no feature `{key}` of type {kind.__name__}; "
-                f"it has: {', '.join(there) or 'none'}"
-            )
-    names = re.findall(r"(?:^|\+)\s*([^\[+]+)", wanted)
-    if not names or not set(names) <= set(splits):
-        raise DataError(
-            f"the TFDS dataset in {path} has no split {wanted!r}; it has: "
-            f"{', '.join(sorted(splits))}; set --config.data.{split}_split"
-        )
-    try:
-        rows = builder.as_data_source(
-            wanted, decoders={"image": tensorflow_datasets.decode.SkipDecoding()}
-        )
-    except NotImplementedError as error:
-        raise DataError(
-            f"the TFDS dataset in {path} is stored as {builder.info.file_format.value}, which only "
-            'TensorFlow reads; prepare it again with file_format="array_record"'
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"TFDS cannot make the split {wanted!r} of {path}: {_line(error)}"
-        ) from error
-    shards = [shard for name in names for shard in splits[name].filepaths]
-    missing = [shard for shard in shards if not shard.exists()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}; "
-            "copy them there, or prepare the dataset again"
-        )
-    if not len(rows):
-        raise DataError(f"the split {wanted!r} of the TFDS dataset in {path} is empty")
-    name = f"{builder.info.name}/{wanted}"
-    class_names = tuple(builder.info.features["label"].names)
-    return _Prepared(str(path), name, class_names, rows)
+    return _Files(base, classes, flat, tuple(ends.tolist()))
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "folder": folder,
-    "tfds": tfds,
+    "pack": pack.pack,
+    "tfds": prepared.tfds,
 }
 
 
@@ -303,10 +190,6 @@ def _check_split(split: str) -> None:
 def _check_fraction(val_fraction: float) -> None:
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _digits_path() -> Path:
@@ -366,41 +249,40 @@ def _read_idx(directory: Path, name: str, *, ndim: int) -> tuple[UInt8[np.ndarra
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape), path
 
 
-def _directories(path: Path) -> dict[str, Path]:
-    """The sub-folders that are not hidden, sorted by name."""
-    with os.scandir(path) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
-    return {name: path / name for name in sorted(names)}
+def _folders(path: str) -> list[str]:
+    """Names of the folders in `path` that are not hidden, sorted."""
+    return [name for name in storage.list_folder(path)[0] if not name.startswith(".")]
 
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
-def _expected(root: Path) -> str:
+def _expected(root: str) -> str:
     return f"expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg"
 
 
-def _layout(root: Path) -> tuple[Path, Path | None]:
+def _layout(root: str) -> tuple[str, str | None]:
     """The folders to train on and to evaluate on; the latter is None if the former is divided."""
-    if not root.is_dir():
-        what = "is not a directory" if root.exists() else "does not exist"
+    if not storage.is_folder(root):
+        what = "is not a directory" if storage.exists(root) else "does not exist"
         raise DataError(f"{root} {what}; {_expected(root)}; give --config.data.root=DIRECTORY")
-    there = _directories(root)
-    held_out = next((there[name] for name in HELD_OUT if name in there), None)
+    there = _folders(root)
+    held_out = next((f"{root}/{name}" for name in HELD_OUT if name in there), None)
     # A class may happen to be called "train" (or "test"), hence the second half of each condition.
-    if "train" in there and (held_out is not None or _directories(there["train"])):
-        return there["train"], held_out
+    if "train" in there and (held_out is not None or _folders(f"{root}/train")):
+        return f"{root}/train", held_out
     if there and set(there) <= set(HELD_OUT):
         raise DataError(f"{root} holds {', '.join(there)} but no train; {_expected(root)}")
     return root, None
 
 
-def _class_names(base: Path, root: Path) -> tuple[str, ...]:
-    names = tuple(_directories(base))
+def _class_names(base: str, root: str) -> tuple[str, ...]:
+    names = tuple(_folders(base))
     if not names:
-        if any(_is_image(path.name) for path in list(base.iterdir())):
-            apart = "" if base.name not in HELD_OUT else f" (or move {base} out of {root})"
+        if any(_is_image(name) for name in storage.list_folder(base)[1]):
+            held_out = base.rpartition("/")[2] in HELD_OUT
+            apart = f" (or move {base} out of {root})" if held_out else ""
             raise DataError(
                 f"{base} holds images directly but no class folders; put each into a folder named "
                 f"by its class: {base}/<class>/*.jpg{apart}"
@@ -410,7 +292,7 @@ def _class_names(base: Path, root: Path) -> tuple[str, ...]:
 
 
 def _same_classes(
-    train: Path, train_names: tuple[str, ...], val: Path, val_names: tuple[str, ...]
+    train: str, train_names: tuple[str, ...], val: str, val_names: tuple[str, ...]
 ) -> None:
     lacks = [
         f"{name!r} is only in {only}"
@@ -424,10 +306,14 @@ def _same_classes(
         )
 
 
-def _class_files(base: Path, classes: tuple[str, ...], root: Path) -> list[list[str]]:
+def _class_files(base: str, classes: tuple[str, ...], root: str) -> list[list[str]]:
     """For each class its images, as sorted names relative to `base`."""
-    files = [sorted(_walk(base, name)) for name in classes]
-    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    files: dict[str, list[str]] = {name: [] for name in classes}
+    for path in storage.walk(base):
+        name, _, rest = path.partition("/")
+        if rest and name in files and _is_image(rest.rpartition("/")[2]):
+            files[name].append(path)
+    empty = [name for name, found in files.items() if not found]
     if len(empty) == len(classes):
         raise DataError(f"found 0 images in {base}; {_expected(root)}")
     if empty:
@@ -436,23 +322,7 @@ def _class_files(base: Path, classes: tuple[str, ...], root: Path) -> list[list[
             f"class folders without images in {base}: {', '.join(empty[:5])}{more}; delete them, "
             f"or add files that end in {' '.join(EXTENSIONS)}"
         )
-    return files
-
-
-def _walk(base: Path, name: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:  # os.walk would leave an unreadable folder out in silence
-        raise error
-
-    seen = set()
-    for path, below, names in os.walk(base / name, followlinks=True, onerror=fail):
-        real = os.path.realpath(path)
-        if real in seen:  # a link back to a folder above
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = [directory for directory in below if not directory.startswith(".")]
-        relative = Path(path).relative_to(base).as_posix()
-        yield from (f"{relative}/{file}" for file in names if _is_image(file))
+    return [sorted(found) for found in files.values()]
 
 
 def _divide(names: list[str], split: str, val_fraction: float, seed: int) -> list[str]:

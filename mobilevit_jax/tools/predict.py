@@ -77,7 +77,7 @@ def predict(
         paths = images[begin : begin + batch_size]
         batch = np.zeros((batch_size, *size, 3), np.uint8)
         for row, path in enumerate(paths):
-            batch[row] = view(_read(path))
+            view(_read(path), batch[row])
         outputs = jax.device_get(step(model.variables, batch))
         for row, path in enumerate(paths):
             each = outputs["probability"][row]

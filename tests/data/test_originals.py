@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import Record
 from mobilevit_jax.tools import formats
 from tests import originals
+from tests.pixels import evaluated
 
 # Height and width: landscape, portrait, odd margins, smaller and just larger than the crop.
 SIZES = ((375, 500), (500, 333), (333, 501), (200, 180), (257, 900))
@@ -42,7 +42,7 @@ def test_equals_hugging_face(family, size):
     processor = transformers.MobileViTImageProcessorPil(**formats.write_preprocessor(spec))
     picture, record = photograph(size)
     theirs = processor(picture, return_tensors="np")["pixel_values"][0]
-    ours = transforms.evaluation(spec)(record)
+    ours = evaluated(spec, record)
     assert levels_apart(ours[..., ::-1] if spec.channel_order == "bgr" else ours, theirs) <= 1
 
 
@@ -63,7 +63,7 @@ def test_equals_timm(crop_pct, resize, side, size):
     spec = formats.published_spec("mobilevit_v2", (side, side))
     spec = spec._replace(interpolation="bicubic", resize=resize)
     picture, record = photograph(size)
-    ours = transforms.evaluation(spec)(record)
+    ours = evaluated(spec, record)
     theirs = theirs(picture)
     assert isinstance(theirs, torch.Tensor)
     # torchvision rounds half a pixel of an odd margin to even, cvnets and we round it down.

@@ -1,10 +1,10 @@
 """The sources on real and on tiny data, and every line a user can get to read."""
 
 import contextlib
+import errno
 import gzip
 import io
 import itertools
-import json
 import os
 import pickle
 import shutil
@@ -13,16 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
-import tensorflow_datasets
 from PIL import Image
 
-from mobilevit_jax.data import sources
+from mobilevit_jax.data import sources, storage
 from mobilevit_jax.data.record import DataError, Record, Source
 
 REAL_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -430,7 +428,7 @@ def test_folder_permission_denied():
                 sources.folder("train", root=str(root))
             text = says(error)
             assert f"cannot read {root / locked}" in text
-            assert f"Permission denied; type `chmod -R u+rX {root}`" in text
+            assert f"Permission denied; type `chmod -R u+rX {root / locked}" in text
 
 
 def test_folder_file_that_cannot_be_read():
@@ -447,142 +445,84 @@ def test_folder_file_that_cannot_be_read():
         assert f"cannot read {name}: No such file" in says(error)
 
 
-# tfds
+@pytest.fixture(params=["file", "memory"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a copy of tmp_path/data, made when this is asked for."""
+    if request.param == "file":
+        yield f"file://{tmp_path}/data"
+        return
+    system = fsspec.filesystem("memory")
+    for path in (tmp_path / "data").rglob("*"):
+        if path.is_file():
+            system.pipe_file(f"/{path.relative_to(tmp_path)}", path.read_bytes())
+    yield "memory://data"
+    system.rm("/data", recursive=True)
 
 
-class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
-    """Pictures as files in memory: an array would have to be encoded, which takes TensorFlow."""
-
-    VERSION = tensorflow_datasets.core.Version("1.0.0")
-    FEATURES: ClassVar[dict[str, Any]] = {
-        "image": tensorflow_datasets.features.Image(shape=(None, None, 3)),
-        "label": tensorflow_datasets.features.ClassLabel(names=["cat", "dog", "newt"]),
-    }
-
-    def _info(self):
-        features = tensorflow_datasets.features.FeaturesDict(self.FEATURES)
-        return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(10), "held": self._generate_examples(4)}
-
-    def _generate_examples(self, count):
-        for i in range(count):
-            row = {"image": io.BytesIO(encoded(10 * i)), "label": -1 if i == 9 else i % 3, "id": i}
-            yield i, {key: value for key, value in row.items() if key in self.FEATURES}
+@pytest.fixture(params=["undivided", "divided"])
+def local(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    parts = ("",) if request.param == "undivided" else ("train/", "validation/")
+    names = [f"{part}{k}/{i}.png" for part in parts for k in ("ant", "bee 2") for i in range(9)]
+    make(tmp_path / "data", *names, *(f"{part}ant/deep/er/1.JPG" for part in parts))
+    make(tmp_path / "data", *(f"{part}.cache/1.png" for part in parts), ".hidden/a/1.png")
+    (tmp_path / "data/readme.txt").write_text("no image")
+    return str(tmp_path / "data")
 
 
-class NoImages(TinyPictures):
-    FEATURES: ClassVar[dict[str, Any]] = {
-        "id": tensorflow_datasets.features.Scalar(dtype=np.int64),
-        "label": tensorflow_datasets.features.ClassLabel(num_classes=3),
-    }
+def test_folder_remote_equals_local(local: str, remote: str):
+    for split in ("train", "val"):
+        here = sources.folder(split, root=local)
+        there = sources.folder(split, root=f"{remote}/")
+        assert len(here) == len(there) > 0
+        assert here.class_names == there.class_names == ("ant", "bee 2")
+        for i in range(len(here)):
+            assert there[i].name == here[i].name.replace(local, remote)
+            assert there[i][:2] == here[i][:2]
+        assert pickle.loads(pickle.dumps(there))[0] == there[0]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    builder = TinyPictures(
-        data_dir=tmp_path_factory.mktemp("tensorflow_datasets"), file_format="array_record"
-    )
-    builder.download_and_prepare()
-    return Path(builder.data_path)
-
-
-def test_tfds_reads_array_record(prepared: Path):
-    val = sources.tfds("val", root=str(prepared), val_split="held")
-    assert val.class_names == ("cat", "dog", "newt")
-    assert len(val) == 4
-    seen = {(val[i].image, val[i].label) for i in range(4)}
-    assert seen == {(encoded(10 * i), i % 3) for i in range(4)}
-    assert val[2].name == "tiny_pictures/held[2]"
-    assert "tensorflow" not in sys.modules
-    part = sources.tfds("train", root=str(prepared), train_split="train[:3]+held")
-    assert len(part) == 7
-
-
-def test_tfds_read_from_many_threads(prepared: Path):
-    expected = sources.tfds("val", root=str(prepared), val_split="held")
-    numbers = [0, 1, 2, 3] * 25
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):  # a new source opens its files when it is first read
-            source = sources.tfds("val", root=str(prepared), val_split="held")
-            records = list(pool.map(source.__getitem__, numbers))
-            assert records == [expected[i] for i in numbers]
-
-
-def test_tfds_unlabelled_record(prepared: Path):
-    train = sources.tfds("train", root=str(prepared))
-    messages = []
-    for i in range(len(train)):
-        try:
-            train[i]
-        except DataError as error:
-            messages.append(str(error))
-    assert len(messages) == 1
-    assert f"of {prepared} has label -1, which is none of the 3 classes" in messages[0]
-
-
-def test_tfds_missing(prepared: Path, tmp_path: Path):
+def test_folder_remote_missing():
     with pytest.raises(DataError) as error:
-        sources.tfds("train", root=str(tmp_path / "nowhere"))
-    assert f"no prepared TFDS dataset in {tmp_path}/nowhere" in says(error)
-    assert "give --config.data.root" in says(error)
-    for above in (prepared.parent, prepared.parent.parent):
-        with pytest.raises(DataError) as error:
-            sources.tfds("train", root=str(above))
-        assert f"did you mean {prepared}?" in says(error)
+        sources.folder("train", root="memory://nowhere")
+    assert says(error).startswith("memory://nowhere does not exist; expected memory://nowhere/tr")
+    with pytest.raises(DataError, match=r"type `pip install 'mobilevit_jax\[remote\]'`"):
+        sources.folder("train", root="gs://bucket/data")
 
 
-@pytest.mark.parametrize("name", ["test", "", "train[:2]+test"])
-def test_tfds_unknown_split(name: str, prepared: Path):
+def test_folder_vanishes_while_it_is_read(tmp_path: Path):
+    make(tmp_path / "data", "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    source = sources.folder("train", root=str(tmp_path / "data"))
+    shutil.rmtree(tmp_path / "data")
     with pytest.raises(DataError) as error:
-        sources.tfds("val", root=str(prepared), val_split=name)
-    assert f"has no split {name!r}; it has: held, train" in says(error)
-    assert "--config.data.val_split" in says(error)
+        source[0]
+    assert f"cannot read {source.root}/" in says(error)
+    assert "No such file or directory; was it moved? Check the path" in says(error)
 
 
-@pytest.mark.parametrize("name", ["train[:x]", "train[2:2]"])
-def test_tfds_bad_slice(name: str, prepared: Path):
-    with pytest.raises(DataError) as error:
-        sources.tfds("train", root=str(prepared), train_split=name)
-    assert repr(name) in says(error)
+def test_folder_trouble_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    source = sources.folder("train", root=str(tmp_path))
+    expected = source[0]
+    troubles = [OSError(errno.EIO, "Input/output error")] * 5
+    real = storage._read_local
+
+    def read(path: str) -> bytes:
+        if troubles:
+            raise troubles.pop()
+        return real(path)
+
+    monkeypatch.setattr(storage, "_read_local", read)
+    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    with pytest.raises(DataError, match="failed three times"):
+        source[0]
+    assert source[0] == expected
 
 
-def test_tfds_other_file_format(prepared: Path, tmp_path: Path):
-    root = tmp_path / "1.0.0"
-    shutil.copytree(prepared, root)
-    info = json.loads((root / "dataset_info.json").read_text())
-    (root / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(DataError) as error:
-        sources.tfds("train", root=str(root))
-    assert "stored as tfrecord, which only TensorFlow reads" in says(error)
-    assert 'file_format="array_record"' in says(error)
+def test_table_of_sources():
+    assert set(sources.SOURCES) == {"digits", "fashion_mnist", "folder", "pack", "tfds"}
 
 
-def test_tfds_shards_missing_or_cut(prepared: Path, tmp_path: Path):
-    root = tmp_path / "1.0.0"
-    shutil.copytree(prepared, root)
-    (shard,) = root.glob("*train.array_record*")
-    content = shard.read_bytes()
-    shard.unlink()
-    with pytest.raises(DataError) as error:
-        sources.tfds("train", root=str(root))
-    assert f"1 of 1 shards are missing, first {shard}" in says(error)
-    shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError) as error:
-        sources.tfds("train", root=str(root))[0]
-    assert f"cannot read tiny_pictures/train[0] of {root}" in says(error)
-
-
-def test_tfds_without_images(tmp_path: Path):
-    builder = NoImages(data_dir=tmp_path, file_format="array_record")
-    builder.download_and_prepare()
-    with pytest.raises(DataError) as error:
-        sources.tfds("train", root=str(builder.data_path))
-    assert "has no feature `image` of type Image; it has: id (Scalar), label" in says(error)
-
-
-def test_sources_pickle(prepared: Path, tmp_path: Path):
+def test_sources_pickle(tmp_path: Path):
     make(tmp_path / "folder", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
     (tmp_path / "fashion").mkdir()
     write_fashion(tmp_path / "fashion")
@@ -590,7 +530,6 @@ def test_sources_pickle(prepared: Path, tmp_path: Path):
         sources.digits("val"),
         sources.fashion_mnist("train", root=str(tmp_path / "fashion")),
         sources.folder("train", root=str(tmp_path / "folder")),
-        sources.tfds("val", root=str(prepared), val_split="held"),
     ):
         assert isinstance(source, Source)
         copy = pickle.loads(pickle.dumps(source))

@@ -11,7 +11,14 @@ from PIL import Image
 
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import DataError, Record
-from mobilevit_jax.data.transforms import InputSpec, evaluation, pad_crop, random_resized_crop
+from mobilevit_jax.data.transforms import (
+    InputSpec,
+    decode,
+    evaluation,
+    pad_crop,
+    random_resized_crop,
+)
+from tests.pixels import evaluated, shown
 
 SPEC = InputSpec((256, 256), 288, "bilinear", "rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -190,50 +197,83 @@ def test_decode_bomb_when_warnings_are_errors():
     assert "bomb.ppm has more than 89,478,485 pixels" in fails(record)
 
 
+def test_decode_many_scans():
+    """A progressive file may hold the same scan again and again, each as long as the picture."""
+    file = encode(picture(64, 64), "JPEG", progressive=True).image
+    assert isinstance(file, bytes)
+    begin = file.rindex(b"\xff\xda")
+    scan = file[begin:-2]
+    bomb = file[:-2] + scan * 200 + file[-2:]
+    told = fails(Record(bomb, 0, "bomb.jpg"))
+    assert told == "cannot decode bomb.jpg: it has more than 100 scans; delete it"
+
+
 # evaluation
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
 def test_evaluation_matches_pillow(interpolation: str):
     image = picture(375, 500)
-    out = evaluation(SPEC._replace(interpolation=interpolation))(Record(image, 0, "x"))
+    out = evaluated(SPEC._replace(interpolation=interpolation), Record(image, 0, "x"))
     resized = Image.fromarray(image).resize(
         (384, 288), Image.Resampling[interpolation.upper()]
     )  # 288 * 500 / 375 = 384
     assert np.array_equal(out, np.asarray(resized.crop((64, 16, 320, 272))))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
+def test_evaluation_does_not_depend_on_what_the_crop_leaves_out(interpolation: str):
+    """Bit for bit what resizing the whole image gives, whatever the sizes."""
+    filtering = Image.Resampling[interpolation.upper()]
+    draws = np.random.default_rng(0)
+    for _ in range(25):
+        height, width = draws.integers(100, 500, 2).tolist()
+        short, size = draws.integers(150, 300), draws.integers(100, 150, 2)
+        image = draws.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        spec = SPEC._replace(size=(*size.tolist(),), resize=int(short), interpolation=interpolation)
+        out = evaluated(spec, Record(image, 0, "x"))
+        tall = height > width
+        high = int(short * height / width) if tall else int(short)
+        wide = int(short) if tall else int(short * width / height)
+        whole = Image.fromarray(image)
+        if interpolation != "nearest":  # Pillow may choose an order of its own, see _resample
+            whole = whole.resize((wide, height), filtering)
+        whole = np.asarray(whole.resize((wide, high), filtering))
+        top, left = (high - size[0]) // 2, (wide - size[1]) // 2
+        assert np.array_equal(out, whole[top : top + size[0], left : left + size[1]])
+
+
 def test_evaluation_truncates_the_long_side():
     image = picture(332, 500)  # 288 * 500 / 332 = 433.73 -> 433
-    out = evaluation(SPEC._replace(size=(288, 433)))(Record(image, 0, "x"))
+    out = evaluated(SPEC._replace(size=(288, 433)), Record(image, 0, "x"))
     resized = Image.fromarray(image).resize((433, 288), Image.Resampling.BILINEAR)
     assert np.array_equal(out, np.asarray(resized))
     tall = np.swapaxes(picture(353, 500), 0, 1)  # 288 * 500 / 353 = 407.93 -> 407
-    out = evaluation(SPEC._replace(size=(407, 288)))(Record(tall, 0, "x"))
+    out = evaluated(SPEC._replace(size=(407, 288)), Record(tall, 0, "x"))
     resized = Image.fromarray(tall).resize((288, 407), Image.Resampling.BILINEAR)
     assert np.array_equal(out, np.asarray(resized))
 
 
 def test_evaluation_keeps_a_fitting_image_and_floors_the_offset():
     image = picture(288, 301)
-    out = evaluation(SPEC._replace(size=(255, 256)))(Record(image, 0, "x"))
+    out = evaluated(SPEC._replace(size=(255, 256)), Record(image, 0, "x"))
     assert np.array_equal(out, image[16:271, 22:278])  # (288 - 255) // 2, (301 - 256) // 2
 
 
 def test_evaluation_pads_with_zeros():
     image = np.maximum(picture(5, 20), 1)
-    out = evaluation(SPEC._replace(size=(8, 6), resize=5))(Record(image, 0, "x"))
+    out = evaluated(SPEC._replace(size=(8, 6), resize=5), Record(image, 0, "x"))
     assert np.array_equal(out[2:7], image[:, 7:13])  # (5 - 8) // 2 = -2
     assert not out[:2].any()
     assert not out[7:].any()
-    both = evaluation(SPEC._replace(size=(8, 30), resize=5))(Record(image, 0, "x"))
+    both = evaluated(SPEC._replace(size=(8, 30), resize=5), Record(image, 0, "x"))
     assert np.array_equal(both[2:7, 5:25], image)
     assert np.count_nonzero(both) == image.size
 
 
 def test_evaluation_refuses_a_needle():
     with pytest.raises(DataError, match="needle is 40000 by 2 pixels, so long"):
-        evaluation(SPEC)(Record(np.zeros((2, 40_000), np.uint8), 0, "needle"))
+        evaluated(SPEC, Record(np.zeros((2, 40_000), np.uint8), 0, "needle"))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +297,48 @@ def test_evaluation_checks_the_spec(field: str, value: Any, message: str):
     with pytest.raises(ValueError) as error:
         evaluation(SPEC._replace(**{field: value}))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_jpegs_are_cut_before_they_are_decoded(subsampling: int):
+    """The same pixels as from the decoded image, in evaluation and in training."""
+    for shape in ((375, 500), (500, 333), (40, 51), (700, 900)):
+        record = encode(picture(*shape), "JPEG", quality=90, subsampling=subsampling)
+        pixels = Record(decode(record), 0, "pixels")
+        assert np.array_equal(evaluated(SPEC, record), evaluated(SPEC, pixels))
+        for resize in ("linear", "fast_aa", "pil_bilinear", "pil_bicubic"):
+            transform = random_resized_crop(resize=resize)
+            for seed in range(6):
+                ours = shown(transform, record, rng(seed), (352, 256))
+                assert np.array_equal(ours, shown(transform, pixels, rng(seed), (352, 256)))
+
+
+def test_halving_is_for_large_crops_and_fast_antialiasing_only():
+    record = encode(picture(1200, 1600), "JPEG", quality=90)
+    pixels = Record(decode(record), 0, "pixels")
+    for resize, worst in (("linear", 0), ("pil_bilinear", 0), ("fast_aa", 6)):
+        transform = random_resized_crop(scale=(0.9, 1.0), resize=resize)
+        ours = shown(transform, record, rng(1), (256, 256)).astype(int)
+        theirs = shown(transform, pixels, rng(1), (256, 256))
+        apart = np.abs(ours - theirs)
+        assert apart.max() <= worst
+        assert apart.mean() < 0.7
+
+
+def test_fast_antialiasing_is_near_pillows():
+    draws = np.random.default_rng(3)
+    for down in (1.02, 1.3, 1.7, 2.1, 3.4):
+        size = round(256 * down), round(300 * down)
+        noisy = picture(*size).astype(float) + draws.normal(0, 20, (*size, 3))
+        image = noisy.clip(0, 255).astype(np.uint8)
+        made = {}
+        for resize in ("fast_aa", "linear", "pil_bilinear"):
+            made[resize] = np.empty((256, 300, 3), np.uint8)
+            transforms.resize_into(image, made[resize], resize)
+        theirs = made["pil_bilinear"].astype(int)
+        apart = {name: np.abs(theirs - each).mean() for name, each in made.items()}
+        assert apart["fast_aa"] < 2.2
+        assert down < 1.05 or apart["fast_aa"] < 0.7 * apart["linear"]
 
 
 # random_resized_crop
@@ -290,12 +372,13 @@ def torchvision_box(
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
 def test_random_resized_crop_is_torchvisions(shape: tuple[int, int], scale: tuple[float, float]):
     image = picture(*shape)
-    transform = random_resized_crop(scale=scale, interpolation="bicubic", flip=False)
+    transform = random_resized_crop(scale=scale, resize="pil_bicubic", flip=False)
     for seed in range(8):
         top, left, h, w = torchvision_box(*shape, scale, (3 / 4, 4 / 3), rng(seed))
         cut = Image.fromarray(image).crop((left, top, left + w, top + h))
-        expected = cut.resize((48, 32), Image.Resampling.BICUBIC)
-        out = transform(Record(image, 0, "x"), rng(seed), (32, 48))
+        across = cut.resize((48, h), Image.Resampling.BICUBIC)  # see transforms._resample
+        expected = across.resize((48, 32), Image.Resampling.BICUBIC)
+        out = shown(transform, Record(image, 0, "x"), rng(seed), (32, 48))
         assert np.array_equal(out, np.asarray(expected))
 
 
@@ -303,11 +386,11 @@ def test_random_resized_crop_area_and_ratio():
     """Read off a picture whose pixels say where they are."""
     y, x = np.mgrid[0:256, 0:256].astype(np.uint8)
     record = Record(np.stack([y, x, x], axis=-1), 0, "x")
-    transform = random_resized_crop(scale=(0.25, 0.5), interpolation="nearest", flip=False)
+    transform = random_resized_crop(scale=(0.25, 0.5), resize="linear", flip=False)
     draws = rng(1)
     boxes = []
     for _ in range(300):
-        out = transform(record, draws, (64, 64)).astype(int)
+        out = shown(transform, record, draws, (64, 64)).astype(int)
         height = (out[-1, 0, 0] - out[0, 0, 0]) * 64 / 63
         width = (out[0, -1, 1] - out[0, 0, 1]) * 64 / 63
         boxes.append((height * width / 65536, width / height, out[0, 0, 0], out[0, 0, 1]))
@@ -327,19 +410,19 @@ def test_random_resized_crop_area_and_ratio():
     "make",
     [
         lambda flip: random_resized_crop(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip),
-        lambda flip: pad_crop(resize=32, padding=0, flip=flip),
+        lambda flip: pad_crop(short=32, padding=0, flip=flip),
     ],
 )
 def test_flip(make: Any):
     image = picture(32, 32)
     plain, mirrored = image.tobytes(), image[:, ::-1].tobytes()
     draws = rng(0)
-    outs = [make(True)(Record(image, 0, "x"), draws, (32, 32)).tobytes() for _ in range(400)]
+    outs = [shown(make(True), Record(image, 0, "x"), draws, (32, 32)).tobytes() for _ in range(400)]
     assert set(outs) == {plain, mirrored}
     assert 160 < outs.count(plain) < 240
-    assert {make(False)(Record(image, 0, "x"), draws, (32, 32)).tobytes() for _ in range(20)} == {
-        plain
-    }
+    assert {
+        shown(make(False), Record(image, 0, "x"), draws, (32, 32)).tobytes() for _ in range(20)
+    } == {plain}
 
 
 @pytest.mark.parametrize(
@@ -350,7 +433,7 @@ def test_flip(make: Any):
         ({"scale": (0.5, 1.1)}, "scale is (0.5, 1.1)"),
         ({"ratio": (1.5, 0.5)}, "ratio is (1.5, 0.5); it must be (low, high)"),
         ({"ratio": (0.0, 0.5)}, "ratio is (0.0, 0.5)"),
-        ({"interpolation": "area"}, "interpolation is 'area'; allowed: bilinear, bicubic"),
+        ({"resize": "area"}, "resize is 'area'; allowed: linear, fast_aa, pil_bilinear, pil_bic"),
     ],
 )
 def test_random_resized_crop_arguments(arguments: dict[str, Any], message: str):
@@ -368,20 +451,20 @@ def test_pad_crop_is_every_crop_of_the_padded_image():
     crops = {
         padded[top : top + 6, left : left + 6].tobytes() for top in range(5) for left in range(5)
     }
-    transform = pad_crop(resize=6, padding=2)
+    transform = pad_crop(short=6, padding=2)
     draws = rng(0)
-    outs = [transform(Record(image, 0, "x"), draws, (6, 6)).tobytes() for _ in range(500)]
+    outs = [shown(transform, Record(image, 0, "x"), draws, (6, 6)).tobytes() for _ in range(500)]
     assert set(outs) == crops
     assert max(outs.count(crop) for crop in crops) < 45  # 20 each, +- 4.4
 
 
 def test_pad_crop_of_other_sizes():
     image = np.maximum(picture(4, 9), 1)
-    transform = pad_crop(resize=4, padding=1)
+    transform = pad_crop(short=4, padding=1)
     for size in ((6, 11), (6, 3), (2, 11), (2, 2)):
         padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
         for seed in range(10):
-            out = transform(Record(image, 0, "x"), rng(seed), size)
+            out = shown(transform, Record(image, 0, "x"), rng(seed), size)
             assert out.shape == (*size, 3)
             top, left = (
                 int(u * (whole - part + 1))
@@ -392,24 +475,24 @@ def test_pad_crop_of_other_sizes():
 
 def test_pad_crop_resizes_the_short_side():
     image = picture(28, 56)
-    out = pad_crop(resize=32, padding=0)(Record(image, 0, "x"), rng(), (32, 64))
+    out = shown(pad_crop(short=32, padding=0), Record(image, 0, "x"), rng(), (32, 64))
     expected = Image.fromarray(image).resize((64, 32), Image.Resampling.BILINEAR)
     assert np.array_equal(out, np.asarray(expected))
 
 
 def test_pad_crop_too_small():
     with pytest.raises(ValueError) as error:
-        pad_crop(resize=28, padding=1)(Record(picture(28, 28), 0, "x"), rng(), (32, 32))
+        shown(pad_crop(short=28, padding=1), Record(picture(28, 28), 0, "x"), rng(), (32, 32))
     assert "a crop of 32x32 does not fit into x, 30x30 with its border" in str(error.value)
-    assert "raise resize (28) or padding (1)" in str(error.value)
+    assert "raise short (28) or padding (1)" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"resize": 0, "padding": 2}, "resize is 0; it must be a whole number of at least 1"),
-        ({"resize": 28, "padding": -1}, "padding is -1; it must be a whole number of at least 0"),
-        ({"resize": 28, "padding": 2, "interpolation": ""}, "interpolation is ''; allowed:"),
+        ({"short": 0, "padding": 2}, "short is 0; it must be a whole number of at least 1"),
+        ({"short": 28, "padding": -1}, "padding is -1; it must be a whole number of at least 0"),
+        ({"short": 28, "padding": 2, "resize": ""}, "resize is ''; allowed: linear, fast_aa"),
     ],
 )
 def test_pad_crop_arguments(arguments: dict[str, Any], message: str):
@@ -421,9 +504,9 @@ def test_pad_crop_arguments(arguments: dict[str, Any], message: str):
 def test_transforms_are_pure():
     image = picture(40, 50)
     copy = image.copy()
-    for make in (random_resized_crop(), pad_crop(resize=40, padding=4, flip=True)):
-        first, second = (make(Record(image, 0, "x"), rng(5), (32, 32)) for _ in range(2))
+    for make in (random_resized_crop(), pad_crop(short=40, padding=4, flip=True)):
+        first, second = (shown(make, Record(image, 0, "x"), rng(5), (32, 32)) for _ in range(2))
         assert np.array_equal(first, second)
-        assert not np.array_equal(first, make(Record(image, 0, "x"), rng(6), (32, 32)))
+        assert not np.array_equal(first, shown(make, Record(image, 0, "x"), rng(6), (32, 32)))
     assert np.array_equal(image, copy)
     assert set(transforms.TRANSFORMS) == {"random_resized_crop", "pad_crop"}

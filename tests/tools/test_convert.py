@@ -163,7 +163,8 @@ def test_the_pipeline_of_hugging_face_gives_our_probabilities(hf, tmp_path):
         theirs = pipeline(str(tmp_path / "image.png"), top_k=5)
 
     model, variables, spec, labels = pretrained.load(hf)
-    view = transforms.evaluation(spec)(Record(pixels, 0, "image"))
+    view = np.empty((*spec.size, 3), np.uint8)
+    transforms.evaluation(spec)(Record(pixels, 0, "image"), view)
     prepared = steps.normalize(jnp.asarray(view[None]), spec)
     ours = jax.nn.softmax(jax.jit(model.apply)(variables, prepared)["logits"])[0]
     assert max(ours) - min(ours) > 0.01
