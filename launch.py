@@ -32,6 +32,7 @@ import json
 import logging
 import pathlib
 import re
+import resource
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
     from rich.progress import TaskID
+
+    from mobilevit_jax.data.record import Source
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
@@ -82,12 +85,22 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         help="evaluate a run, or any other model",
         epilog="Of a run, the images are those of its own config: --config.data.root=… changes a "
-        "value of it. Of other models --config=FILE says which images.",
+        "value of it. Of other models --config=FILE says which images. --data says so for all of "
+        "them, several times if you like: --data=imagenet_val=DIR --data=imagenet_a=DIR; an "
+        "unknown name lists all. It adds the calibration error, and what belongs to a set: "
+        "accuracy among its classes only, corruption errors.",
         allow_abbrev=False,
     )
-    evaluate.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
+    evaluate.add_argument("references", nargs="+", metavar="REFERENCE", help=REFERENCE)
     evaluate.add_argument("--config", metavar="FILE", help="recipe whose data to evaluate on")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME[=DIR]",
+        help="images to evaluate on; without DIR those in --config.data.root",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object a model")
 
     predict = verbs.add_parser("predict", help="label images", allow_abbrev=False)
     predict.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
@@ -108,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="REFERENCE", help=REFERENCE)
     convert.add_argument("target", metavar="TARGET", type=pathlib.Path, help="directory to make")
     convert.add_argument("--format", required=True, choices=("hf", "timm", "cvnets", "native"))
+    convert.add_argument(
+        "--average",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="of a run, write the mean of its last N checkpoints (1)",
+    )
 
     profile = verbs.add_parser(
         "profile",
@@ -143,8 +163,8 @@ def _add_data(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     data = verbs.add_parser(
         "data",
         help="look at a config's images: counts, broken files, loading speed, pictures",
-        epilog="Any value of the config: --config.loader.threads=8. It takes half a minute, or with "
-        "--all as long as decoding everything. No accelerator is used.",
+        epilog="Any value of the config: --config.loader.threads=8. It takes some 15 seconds, with "
+        "--all as long as decoding everything.",
         allow_abbrev=False,
     )
     data.add_argument("--config", metavar="FILE", help="recipe whose images to look at")
@@ -345,6 +365,11 @@ def _prepare_environment() -> None:
     # The default thresholds leave out the small programs that add up to most of a start.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    # The shards of a dataset stay open; the usual limit of 1,024 files is less than ImageNet has.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 65_536 if hard == resource.RLIM_INFINITY else hard
+    if soft not in (resource.RLIM_INFINITY, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
     # Orbax logs every file that it opens, and a traceback for every error that it raises besides.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -370,17 +395,56 @@ def _train(args: argparse.Namespace, config: "ConfigDict", command: str) -> None
 
 
 def _eval(args: argparse.Namespace, config_arguments: Sequence[str]) -> None:
+    if len(set(args.data)) < len(args.data):
+        raise UsageError("--data: the same images are given twice")
+    if args.data and not any(text.startswith("--config=") for text in config_arguments):
+        default = pathlib.Path(__file__).parent / "configs" / "base.py"
+    else:
+        default = None
+    table: list[tuple[str, dict[str, float]]] = []
+    opened: dict[str, Source] = {}  # ImageNet-C is 3,750,000 files to list
+    try:
+        for reference in args.references:
+            about, metrics = _evaluate(reference, args, config_arguments, default, opened)
+            if args.data or len(args.references) > 1:
+                if args.json:
+                    print(json.dumps({"reference": reference, **about, **metrics}), flush=True)
+                else:
+                    table.append((reference, {**about, **metrics}))
+            elif args.json:
+                print(json.dumps({**about, **metrics}))
+            else:
+                print(" ".join([reference, *(f"{name} {value}" for name, value in about.items())]))
+                for name, value in metrics.items():
+                    print(f"  {name:14s} {_shown(name, value)}")
+    finally:
+        if table:  # also where a model further on is broken: it may have taken hours
+            _print_evaluations(table)
+
+
+def _evaluate(
+    reference: str,
+    args: argparse.Namespace,
+    config_arguments: Sequence[str],
+    default: pathlib.Path | None,
+    opened: "dict[str, Source]",
+) -> tuple[dict[str, int], dict[str, float]]:
+    """What is known of a model, and its metrics; `default` is the recipe of those without.
+
+    The sources in `opened`, by what config.data says, are used again.
+    """
     from mobilevit_jax import build, evaluate
     from mobilevit_jax.tools import pretrained
 
-    if pretrained.is_run(pathlib.Path(args.reference)):
-        workdir = pathlib.Path(args.reference)
+    workdir = pathlib.Path(reference)
+    if pretrained.is_run(workdir):
         config = _load_config(config_arguments, workdir)
         run = pretrained.load_run(workdir, config=config, which=args.checkpoint)
         network, weights, about = run.network, run.weights, {"step": run.step}
     else:
-        loaded = pretrained.read(args.reference, checkpoint=args.checkpoint).pretrained
-        config = _load_config(config_arguments)
+        loaded = pretrained.read(reference, checkpoint=args.checkpoint).pretrained
+        recipe = [] if default is None else [f"--config={default}"]
+        config = _load_config([*recipe, *config_arguments])
         network = build.Network(
             model=loaded.model,
             task=build.task(config),
@@ -388,14 +452,41 @@ def _eval(args: argparse.Namespace, config_arguments: Sequence[str]) -> None:
             class_names=loaded.labels,
         )
         weights, about = {"raw": loaded.variables}, {}
-    metrics = evaluate.evaluate(config, network, weights)
-    if args.json:
-        print(json.dumps({**about, **metrics}))
-        return
-    print(" ".join([args.reference, *(f"{name} {value}" for name, value in about.items())]))
-    for name, value in metrics.items():
-        shown = f"{100 * value:.2f} %" if "/top" in name else f"{value:.4f}"
-        print(f"  {name:14s} {shown}")
+    if not args.data:
+        return about, evaluate.evaluate(config, network, weights)
+    names = [text.partition("=")[0] for text in args.data]
+    metrics = {}
+    for text, name in zip(args.data, names, strict=True):
+        images = build.with_data(config, name, text.partition("=")[2])
+        called = name if names.count(name) == 1 else text
+        key = str(build.plain(images.data))
+        if key not in opened:
+            opened[key] = build.source(images, "val")
+        metrics |= evaluate.score(images, network, weights, opened[key], name=called)
+    return about, metrics
+
+
+def _shown(name: str, value: float) -> str:
+    share = re.search(r"/(top|ece|error/|corruption_error|mce)", name)
+    return f"{100 * value:.2f} %" if share else f"{value:.4f}"
+
+
+def _print_evaluations(table: Sequence[tuple[str, Mapping[str, float]]]) -> None:
+    """A row a metric, a column a model."""
+    from rich.console import Console
+
+    from mobilevit_jax import report
+
+    names = dict.fromkeys(name for _, values in table for name in values)
+    rows = [
+        [name, *(_cell(name, values[name]) if name in values else "" for _, values in table)]
+        for name in names
+    ]
+    report.print_table(["", *(reference for reference, _ in table)], rows, Console())
+
+
+def _cell(name: str, value: float) -> str:
+    return f"{value:,}" if name == "step" else _shown(name, value)
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -426,6 +517,7 @@ def _convert(args: argparse.Namespace) -> None:
         format=args.format,
         weights=args.weights,
         checkpoint=args.checkpoint,
+        average=args.average,
     )
     print(f"{converted.target}: {', '.join(converted.files)}")
     for note in converted.notes:

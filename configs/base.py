@@ -4,7 +4,43 @@ A group with a `name` is unpacked into the function of that name, so a recipe th
 name replaces the whole group. Durations are text: "300 epochs", "20000 steps", "1e6 examples".
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
+
+
+def arguments(
+    text: str, *, defaults: Mapping[str, Any], allowed: Mapping[str, Iterable[Any]]
+) -> dict[str, Any]:
+    """Reads what stands behind the colon of --config=FILE:TEXT, such as "variant=s,version=head".
+
+    Args:
+        text: NAME=VALUE, separated by commas; "" for the defaults.
+        defaults: value of each argument that is not given.
+        allowed: values of each argument, which come back as they stand here: 1.0 for "1".
+
+    Raises:
+        ValueError: an argument that there is not, or a value that is not allowed.
+    """
+    chosen = dict(defaults)
+    usage = ", ".join(f"{name}={'|'.join(map(str, allowed[name]))}" for name in defaults)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in defaults:
+            raise ValueError(f"this recipe has no argument {name!r}; there are {usage}")
+        same = [known for known in allowed[name] if value == str(known) or _number(value) == known]
+        if not same:
+            raise ValueError(f"{name} is {value!r}; there are {usage}")
+        chosen[name] = same[0]
+    return chosen
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def get_config() -> ConfigDict:
@@ -14,8 +50,11 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Images in one optimiser step, over all devices and hosts.
     config.batch_size = 1024
-    # The batch is worked on in so many parts; their gradients are averaged. Saves memory.
+    # The batch is worked on in so many parts, which saves memory.
     config.accum = 1
+    # What becomes of the parts' gradients: mean | sum. cvnets takes the sum, so that SGD learns
+    # `accum` times as fast.
+    config.accum_reduction = "mean"
     # Length of the run.
     config.duration = "300 epochs"
     # Type of the network's arithmetic: float32 | bfloat16. Parameters are float32 always.
@@ -134,6 +173,11 @@ def get_config() -> ConfigDict:
     # Where the warm-up begins and where the curve ends.
     config.schedule.init = 1e-6
     config.schedule.final = 2e-4
+
+    # What a batch counts for in batch norm's running statistics (PyTorch's momentum) when training
+    # ends: after the warm-up it falls to this from 0.1, by epoch, along half a cosine. 0.1 for no
+    # annealing; MobileViT v1 has 1e-6.
+    config.final_batch_norm_momentum = 0.1
 
     # Share of the averaged weights and batch statistics that each step keeps.
     config.ema_decay = 0.9995

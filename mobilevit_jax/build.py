@@ -58,6 +58,8 @@ class Experiment(NamedTuple):
     curve: schedule.Curve
     seed: int
     accum: int
+    accum_reduction: str
+    batch_norm_momentum: schedule.Curve | None
     ema_decay: float
     init: str
     freeze_backbone: bool
@@ -160,8 +162,16 @@ def resolve(
         describe: reference -> family, model, input specification.
         workdir: of the run, if there is one; one that began with the same model already knows it,
             so that going on needs the reference no more.
+
+    Raises:
+        ConfigError: the recipe leaves the network to a model, and none is given.
     """
     if not config.init:
+        if not config.model.name:
+            raise ConfigError(
+                "config.init is empty, and this recipe begins with a trained model: give its "
+                "reference, --config.init=REFERENCE"
+            )
         return config
     path = workdir and workdir / CONFIG
     before = from_json(path) if path and path.exists() else None
@@ -242,6 +252,36 @@ def source(config: Config, split: str) -> Source:
     return _call("data", sources.SOURCES, plain(config.data), split=split)
 
 
+def with_data(config: Config, name: str, root: str) -> Config:
+    """The config with the images of another source.
+
+    Args:
+        config: whose data to replace; where it has them already, it stays as it is.
+        name: of the source, key of data/sources.py:SOURCES.
+        root: where they are; "" for config.data.root, or where the source looks by itself.
+
+    Raises:
+        ConfigError: there is no such source, it has no root, or needs one.
+    """
+    with _reading("data"):
+        parameters = inspect.signature(_choose(sources.SOURCES, name)).parameters
+    if name == config.data.name and not root:
+        return config
+    group = {"name": name}
+    if "root" in parameters:
+        root = root or plain(config.data).get("root", "")
+        if root:
+            group["root"] = root
+        elif parameters["root"].default is inspect.Parameter.empty:
+            raise ConfigError(f"where is {name}? Give --data={name}=DIRECTORY")
+    elif root:
+        raise ConfigError(f"{name} has no directory; write --data={name}")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data = Config(group)
+    return config.lock()
+
+
 def transform(config: Config) -> transforms.Transform:
     """What a training image goes through.
 
@@ -318,6 +358,15 @@ def shapes(config: Config) -> multiscale.Shapes:
     )
 
 
+def _batch_norm_momentum(
+    config: Config, warmup: int, epoch_starts: schedule.EpochStarts
+) -> schedule.Curve | None:
+    final = config.final_batch_norm_momentum
+    with _reading("final_batch_norm_momentum"):
+        curve = schedule.batch_norm_momentum(final=final, warmup=warmup, epoch_starts=epoch_starts)
+    return None if final == schedule.BATCH_NORM_MOMENTUM else curve
+
+
 def experiment(config: Config) -> Experiment:
     """Builds all of a training run except its state.
 
@@ -327,6 +376,8 @@ def experiment(config: Config) -> Experiment:
     """
     _positive("checkpoint.keep", config.checkpoint.keep)
     step_shapes = shapes(config)
+    if config.accum_reduction not in ("mean", "sum"):
+        raise ConfigError(f"config.accum_reduction is {config.accum_reduction!r}; use mean or sum")
     if not 0.0 <= config.ema_decay < 1.0:
         raise ConfigError(
             f"config.ema_decay is {config.ema_decay}; it must be at least 0 and below 1"
@@ -345,10 +396,19 @@ def experiment(config: Config) -> Experiment:
     total_steps = in_steps("duration", config.duration)
     _positive("duration", total_steps)
     warmup = in_steps("schedule.warmup", config.schedule.warmup)
+    epochs = 1 + step_shapes.position(total_steps - 1) // len(train_source)
+    epoch_starts = step_shapes.epoch_starts(len(train_source), epochs)
     optimizer_group = plain(config.optimizer)
     peak, layer_decay = optimizer_group.pop("lr"), optimizer_group.pop("layer_decay")
     curve_group = plain(config.schedule) | {"warmup": warmup}
-    curve = _call("schedule", schedule.SCHEDULES, curve_group, total=total_steps, peak=peak)
+    curve = _call(
+        "schedule",
+        schedule.SCHEDULES,
+        curve_group,
+        total=total_steps,
+        peak=peak,
+        epoch_starts=epoch_starts,
+    )
     tx = _call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve)
     with _reading("optimizer"):
         tx = optim.layerwise(tx, layer_decay=layer_decay)
@@ -362,6 +422,8 @@ def experiment(config: Config) -> Experiment:
         curve=curve,
         seed=config.seed,
         accum=config.accum,
+        accum_reduction=config.accum_reduction,
+        batch_norm_momentum=_batch_norm_momentum(config, warmup, epoch_starts),
         ema_decay=config.ema_decay,
         init=config.init,
         freeze_backbone=config.freeze_backbone,

@@ -283,6 +283,45 @@ def read(workdir: pathlib.Path, which: str = "newest") -> Restored:
     raise CheckpointError(f"cannot read the checkpoint in {directory}: {'; '.join(reasons)}")
 
 
+def read_mean(workdir: pathlib.Path, count: int) -> Restored:
+    """The newest checkpoint with the mean of the newest `count` in place of its weights.
+
+    Parameters, batch statistics and the moving averages of both are averaged; the rest of the state
+    is that of the newest. `meta["mean_of"]` lists the steps.
+
+    Raises:
+        CheckpointError: there are fewer checkpoints, or one cannot be read.
+    """
+    directory = workdir.absolute() / NEWEST
+    steps = complete_steps(directory)
+    if not 1 <= count <= len(steps):
+        raise CheckpointError(
+            f"{count} checkpoints are to be averaged, and {directory} has {len(steps)} "
+            f"({', '.join(map(str, steps)) or 'none'}); train with "
+            f"--config.checkpoint.keep={count} to keep so many"
+        )
+    newest = _read_one(directory, steps[-1])
+    weights = {name: newest.state[name] for name in ("params", "model_state", "ema")}
+    # Summed in float64: the mean of equal weights is these weights, to the last bit.
+    totals = jax.tree.map(lambda leaf: leaf.astype(np.float64), weights)
+    for step in steps[-count:-1]:
+        state = _read_one(directory, step).state
+        other = {name: state[name] for name in weights}
+        check_matches(weights, other, where=directory / str(step))
+        totals = jax.tree.map(np.add, totals, other)
+    mean = jax.tree.map(lambda total, leaf: (total / count).astype(leaf.dtype), totals, weights)
+    return Restored(newest.step, newest.state | mean, newest.meta | {"mean_of": steps[-count:]})
+
+
+def _read_one(directory: pathlib.Path, step: int) -> Restored:
+    try:
+        return _read_step(directory, step)
+    except Exception as error:  # whatever Orbax and its file formats raise on bad bytes
+        raise CheckpointError(
+            f"cannot read the checkpoint {directory / str(step)}: {_first_line(error)}"
+        ) from error
+
+
 def _read_step(directory: pathlib.Path, step: int) -> Restored:
     path = directory / str(step)
     with ocp.PyTreeCheckpointer() as reader:

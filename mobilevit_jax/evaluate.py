@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from mobilevit_jax import build, sharding, steps
-from mobilevit_jax.data import pipeline, transforms
+from mobilevit_jax.data import imagenet_sets, pipeline, transforms
 from mobilevit_jax.data.record import Source
+from mobilevit_jax.tasks import scores
 from mobilevit_jax.tree import Tree
 
 # Weights by name -> what their metrics are called.
@@ -146,12 +147,46 @@ def evaluate(
 
     Returns:
         Metrics named as in training: "val/top1" for raw weights, "val_ema/top1" for averaged ones.
+        For a set of data/imagenet_sets.py, those of tasks/scores.py.
 
     Raises:
         ConfigError: the images have another number of classes than the network.
         DataError: the images are not there or not as they should be.
     """
     source = build.source(config, "val")
+    if isinstance(source, imagenet_sets.ImageNetSet):
+        network = _scoring(network, source)
+    else:
+        _check_classes(network, source)
+    return _all_metrics(config, network, weights, source, name="val")
+
+
+def score(
+    config: build.Config,
+    network: build.Network,
+    weights: Mapping[str, Tree],
+    source: Source,
+    *,
+    name: str,
+) -> dict[str, float]:
+    """Evaluates a network on any images, with the metrics of tasks/scores.py.
+
+    Args:
+        config: says how many images at a time, and who loads them.
+        network: to evaluate.
+        weights: variables as numpy arrays under "raw", "ema" or both.
+        source: the images.
+        name: of the images: metrics are called "{name}/top1" and "{name}_ema/top1".
+
+    Raises:
+        ConfigError: the images have other classes than the network.
+        DataError: the images cannot be read.
+    """
+    return _all_metrics(config, _scoring(network, source), weights, source, name=name)
+
+
+def _check_classes(network: build.Network, source: Source) -> None:
+    """Refuses images of another number of classes, and warns about other names."""
     if source.class_names != network.class_names:
         told = (
             f"the images have {len(source.class_names)} classes "
@@ -161,11 +196,55 @@ def evaluate(
         if len(source.class_names) != len(network.class_names):
             raise build.ConfigError(told)
         # Folders of synset ids against names in words: the order is what counts.
-        warnings.warn(f"{told}; they are compared by position", stacklevel=2)
+        warnings.warn(f"{told}; they are compared by position", stacklevel=3)
+
+
+def _scoring(network: build.Network, source: Source) -> build.Network:
+    """The network with the scores of a test set as its task."""
+    if isinstance(source, imagenet_sets.ImageNetSet):
+        names, synsets = network.class_names, imagenet_sets.synsets()
+        # Names in words are in ImageNet's order wherever there are 1,000; ids can be compared.
+        by_id = set(names) <= set(synsets)
+        if len(names) != len(synsets) or (by_id and names != synsets):
+            raise build.ConfigError(
+                "the images are of the 1,000 classes of ImageNet, and the network has "
+                f"{len(names)} ({', '.join(names[:3])}, …)"
+            )
+        task = scores.with_scores(
+            network.task,
+            answers=source.answers,
+            classes=source.classes,
+            group=source.group,
+            groups=source.groups,
+            baselines=source.baselines,
+        )
+    else:
+        _check_classes(network, source)
+        labels = np.arange(len(source.class_names))
+        task = scores.with_scores(
+            network.task,
+            answers=labels[:, None],
+            classes=None,
+            group=np.zeros_like(labels),
+            groups=("",),
+            baselines={},
+        )
+    return network._replace(task=task)
+
+
+def _all_metrics(
+    config: build.Config,
+    network: build.Network,
+    weights: Mapping[str, Tree],
+    source: Source,
+    *,
+    name: str,
+) -> dict[str, float]:
+    """Metrics of all weights, under `name` in the place of "val"."""
     mesh = sharding.make_mesh()
     placed = {
-        name: jax.device_put(variables, sharding.replicated(mesh))
-        for name, variables in weights.items()
+        which: jax.device_put(variables, sharding.replicated(mesh))
+        for which, variables in weights.items()
     }
     evaluator = make(
         network,
@@ -175,7 +254,7 @@ def evaluate(
         **build.evaluation(config),
     )
     return {
-        f"{SCOPES[name]}/{metric}": value
-        for name, variables in placed.items()
+        f"{SCOPES[which].replace('val', name, 1)}/{metric}": value
+        for which, variables in placed.items()
         for metric, value in metrics(evaluator, variables).items()
     }

@@ -5,7 +5,8 @@ shard them.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from flax import struct
 from jaxtyping import Array, Float, UInt8
 
 from mobilevit_jax.data.transforms import InputSpec
-from mobilevit_jax.schedule import Curve
+from mobilevit_jax.schedule import BATCH_NORM_MOMENTUM, Curve
 from mobilevit_jax.tasks.task import Batch, Task
 from mobilevit_jax.tree import Tree
 
 # Collections of a model that change in training beside its parameters.
 MODEL_STATE = ("batch_stats",)
+
+T = TypeVar("T")
 
 
 @struct.dataclass
@@ -61,20 +64,35 @@ def normalize(image: UInt8[Array, "b h w 3"], input_spec: InputSpec) -> Float[Ar
 
 def abstract_variables(model: nn.Module, size: tuple[int, int]) -> dict[str, Tree]:
     """Shapes and dtypes of a model's variables, for images of `size` (h, w)."""
-    init = functools.partial(model.init, mutable=["params", *MODEL_STATE])
-    return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    return jax.eval_shape(functools.partial(init_variables, model, 0, size))
 
 
-def init_state(
-    seed: int, *, model: nn.Module, tx: optax.GradientTransformation, size: tuple[int, int]
-) -> TrainState:
-    """Fresh weights for images of `size` (h, w); the average starts as a copy of them."""
+def init_variables(model: nn.Module, seed: int, size: tuple[int, int]) -> dict[str, Tree]:
+    """Fresh weights and statistics of a model, for images of `size` (h, w)."""
     variables = model.init(
         jax.random.key(seed),
         jnp.zeros((1, *size, 3)),
         # Named, so that what a model sows for those who look at it is no part of the state.
         mutable=["params", *MODEL_STATE],
     )
+    return dict(variables)
+
+
+def run_once(function: Callable[[], T], out_shardings: jax.sharding.Sharding | None = None) -> T:
+    """Compiles and calls a function that nobody will call again, such as an initialiser."""
+    # Without optimising, the CPU's compiler is done in a third of the time.
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "cpu":
+        options["xla_backend_optimization_level"] = "0"
+    lowered = jax.jit(function, out_shardings=out_shardings).lower()
+    return lowered.compile(compiler_options=options)()
+
+
+def init_state(
+    seed: int, *, model: nn.Module, tx: optax.GradientTransformation, size: tuple[int, int]
+) -> TrainState:
+    """Fresh weights for images of `size` (h, w); the average starts as a copy of them."""
+    variables = init_variables(model, seed, size)
     params = variables["params"]
     model_state = {name: value for name, value in variables.items() if name != "params"}
     return TrainState(
@@ -100,6 +118,8 @@ def train_step(
     ema_decay: float,
     accum: int,
     freeze_backbone: bool,
+    accum_reduction: str = "mean",
+    batch_norm_momentum: Curve | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step on one batch.
 
@@ -113,10 +133,14 @@ def train_step(
         input_spec: what the network expects of its input.
         seed: all randomness is drawn from (seed, step), so no generator is part of the state.
         ema_decay: share of the average that is kept at each step, such as 0.9995.
-        accum: the batch is worked on in this many equal parts and their gradients are averaged;
-            batch statistics are those of the parts.
+        accum: the batch is worked on in this many equal parts; batch statistics are those of the
+            parts.
         freeze_backbone: the network computes as in evaluation (running statistics, no dropout),
             for an optimiser that trains the head alone.
+        accum_reduction: "mean" or "sum" of the parts' gradients. cvnets sums them; the loss among
+            the metrics is the mean in any case.
+        batch_norm_momentum: by step, what a batch counts for in the running statistics; None for
+            what the network does by itself.
 
     Returns:
         The state after the step, and loss, grad_norm and learning_rate as scalars.
@@ -132,12 +156,20 @@ def train_step(
             mutable=list(MODEL_STATE),
             rngs={"dropout": rng},
         )
+        if batch_norm_momentum is not None:
+            # The network moved its running averages by BATCH_NORM_MOMENTUM times their distance to
+            # the batch's statistics. As that is linear, a share of the way is a smaller momentum.
+            share = batch_norm_momentum(state.step) / BATCH_NORM_MOMENTUM
+            new_model_state = jax.tree.map(
+                lambda old, new: old + share * (new - old), model_state, dict(new_model_state)
+            )
         return task.loss(outputs, part), new_model_state
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accum == 1:
         (loss, model_state), grads = grad_fn(state.params, state.model_state, batch, rng_dropout)
     else:
+        weight = 1.0 if accum_reduction == "sum" else 1.0 / accum
         # Part i takes rows i, i + accum, …: every device keeps its own rows.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1), batch
@@ -147,7 +179,7 @@ def train_step(
             loss, model_state, grads = carry
             part, rng = part_and_rng
             (part_loss, model_state), part_grads = grad_fn(state.params, model_state, part, rng)
-            grads = jax.tree.map(lambda total, g: total + g / accum, grads, part_grads)
+            grads = jax.tree.map(lambda total, g: total + weight * g, grads, part_grads)
             return (loss + part_loss / accum, model_state, grads), None
 
         zero_grads = jax.tree.map(jnp.zeros_like, state.params)
@@ -179,13 +211,13 @@ def train_step(
 
 def eval_step(
     variables: Mapping[str, Tree],
-    totals: dict[str, Float[Array, ""]],
+    totals: dict[str, Float[Array, "..."]],
     batch: Batch,
     *,
     model: nn.Module,
     task: Task,
     input_spec: InputSpec,
-) -> tuple[dict[str, Float[Array, ""]], dict[str, Array]]:
+) -> tuple[dict[str, Float[Array, "..."]], dict[str, Array]]:
     """Adds one batch's sums over its valid examples to `totals`; gives the predictions as well.
 
     Predictions that nobody fetches cost next to nothing, and one program serves both uses.

@@ -112,7 +112,7 @@ def train(
         if restored:
             state = restored.state
         else:
-            state = _fresh(init, everywhere)
+            state = steps.run_once(init, everywhere)
             if run.init:
                 state = _warm_start(state, load(run.init), run.init, everywhere)
         start = restored.step if restored else 0
@@ -221,7 +221,8 @@ def train(
             eval_due = due(every=run.eval_every)
             if save_due or eval_due or due(every=run.log_every):
                 # Looked at before every save, so that what is saved is always finite.
-                reporter.log(step, _fetch(pending, step))
+                broken = {"data/broken": len(batches.corrupt)} if batches.corrupt else {}
+                reporter.log(step, _fetch(pending, step) | broken)
             if save_due:
                 with reporter.pausing("save"):
                     checkpoints.save(step, state, {"elapsed": reporter.elapsed})
@@ -246,14 +247,6 @@ def train(
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _fresh(init: Callable[[], steps.TrainState], sharding: NamedSharding) -> steps.TrainState:
-    # It runs once: without optimising, the CPU's compiler is done in a third of the time.
-    options: dict[str, str | bool] = {}
-    if jax.default_backend() == "cpu":
-        options["xla_backend_optimization_level"] = "0"
-    return jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)()
 
 
 def _warm_start(
@@ -295,6 +288,8 @@ def _compile_train(
         ema_decay=run.ema_decay,
         accum=run.accum,
         freeze_backbone=run.freeze_backbone,
+        accum_reduction=run.accum_reduction,
+        batch_norm_momentum=run.batch_norm_momentum,
     )
     size = shape.height, shape.width
     batch = sharding.abstract_batch(mesh, batch_size=shape.batch_size, size=size)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from mobilevit_jax import build
 from mobilevit_jax.models import zoo
 from tests.nets import SPEC
@@ -18,6 +20,11 @@ def describe(reference):
 def test_a_recipe_without_init_is_left_alone(tmp_path):
     config = load("base")
     assert build.resolve(config, describe, workdir=tmp_path) is config
+
+
+def test_a_recipe_that_needs_init_says_so(tmp_path):
+    with pytest.raises(build.ConfigError, match="give its reference, --config"):
+        build.resolve(load("finetune"), describe, workdir=tmp_path)
 
 
 def test_model_and_input_come_from_the_reference(tmp_path):

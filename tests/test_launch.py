@@ -243,6 +243,7 @@ def images(root, *classes):
             Image.fromarray(np.full((20, 20), i, np.uint8)).save(root / name / f"{i}.png")
 
 
+@pytest.mark.filterwarnings("default:broken example")
 def test_bad_data(tmp_path, capsys):
     workdir, root = tmp_path / "run", tmp_path / "images"
 
@@ -260,8 +261,27 @@ def test_bad_data(tmp_path, capsys):
     shutil.rmtree(root / "bird")
     for path in root.glob("cat/*.png"):
         path.write_bytes(path.read_bytes()[:45])
-    assert "cat" in complaint()
+    told = complaint()
+    assert "warning: broken example 1: cannot decode" in told
+    assert "examples are broken, more than config.max_corrupt (1.00%) allows" in told
+    assert str(root / "cat") in told
     assert checkpoint.complete_steps(workdir / "checkpoints") == []
+
+
+@pytest.mark.filterwarnings("default:broken example")
+def test_a_broken_image_is_named_and_replaced(tmp_path, capsys):
+    workdir, root = tmp_path / "run", tmp_path / "images"
+    images(root, *"0123456789")
+    (root / "3" / "7.png").write_bytes(b"")
+    data = f"--config.data={{'name': 'folder', 'root': '{root}', 'val_fraction': 0.05}}"
+    argv = ["train", CONFIG, f"--workdir={workdir}", data, "--config.duration=400 examples"]
+    assert launch.main(argv) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "broken example" in line]
+    assert len(told) == 1
+    assert (
+        f"warning: broken example 1: cannot decode {root / '3' / '7.png'} (the file is" in told[0]
+    )
+    assert [row["data/broken"] for row in rows(workdir) if "data/broken" in row][-1] == 1
 
 
 def test_predict_names_what_it_cannot_read(trained, tmp_path, capsys):

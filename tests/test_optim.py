@@ -1,11 +1,15 @@
-"""Each optimiser against a few steps computed by hand in numpy."""
+"""Each optimiser against a few steps computed by hand in numpy, and ten of PyTorch's."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from mobilevit_jax import optim
+from tests.originals import import_torch
 
 RATE = 0.1
 PARAMS = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 3.0)}
@@ -53,6 +57,71 @@ def test_sgd_couples_decay_into_the_momentum(nesterov):
     kernel, bias = run(optim.sgd(lambda step: RATE, decay_1d=False, **arguments), 3)
     assert kernel == pytest.approx(sgd_by_hand(2.0, 0.5, 0.2, 3, nesterov), rel=1e-5)
     assert bias == pytest.approx(sgd_by_hand(3.0, -0.25, 0.0, 3, nesterov), rel=1e-5)
+
+
+SHAPES = {"kernel": (3, 3, 4, 5), "linear": (7, 6), "bias": (6,), "scale": (4,), "scalar": ()}
+
+
+@pytest.mark.parametrize("decay_1d", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs"),
+    [
+        (
+            "AdamW",
+            functools.partial(optim.adamw, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05),
+            {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05},
+        ),
+        (
+            "SGD",
+            functools.partial(optim.sgd, momentum=0.9, nesterov=False, weight_decay=0.05),
+            {"momentum": 0.9, "nesterov": False, "weight_decay": 0.05},
+        ),
+        (
+            "SGD",
+            functools.partial(optim.sgd, momentum=0.9, nesterov=True, weight_decay=0.05),
+            {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05},
+        ),
+        (
+            "SGD",
+            functools.partial(optim.sgd, momentum=0.0, nesterov=False, weight_decay=0.0),
+            {"momentum": 0.0},
+        ),
+    ],
+)
+def test_ten_steps_of_the_original(name, ours, theirs, decay_1d):
+    """Random gradients, a rate that changes with every step, parameters of every rank."""
+    torch = import_torch()
+    rng = np.random.default_rng(0)
+    start = {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+    rates = rng.uniform(0.001, 0.1, 10).tolist()
+    tx = ours(lambda step: jnp.asarray(rates)[step], decay_1d=decay_1d, clip_norm=0.0)
+    params = jax.tree.map(jnp.asarray, start)
+    state = tx.init(params)
+    tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    # Exactly those of one dimension: a scalar decays, as in cvnets.
+    spared = [t for t in tensors.values() if t.ndim == 1 and not decay_1d]
+    optimizer = getattr(torch.optim, name)(
+        [
+            {"params": [t for t in tensors.values() if t.ndim != 1 or decay_1d]},
+            *([{"params": spared, "weight_decay": 0.0}] if spared else []),
+        ],
+        lr=rates[0],
+        **theirs,
+    )
+    update = jax.jit(tx.update)
+    for rate in rates:
+        grads = {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for k, tensor in tensors.items():
+            tensor.grad = torch.tensor(grads[k])
+        optimizer.step()
+    for k, tensor in tensors.items():
+        # Adam's 1 - b2 ** step is 0.001 at first: in float32 it is right to 3e-5.
+        np.testing.assert_allclose(params[k], tensor.detach().numpy(), rtol=2e-5, atol=2e-5)
+        assert not np.allclose(params[k], start[k], rtol=1e-2)
 
 
 def test_clipping_is_by_the_global_norm():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from mobilevit_jax import optim, schedule, sharding, steps
@@ -89,6 +90,62 @@ def test_accumulation_averages_gradients():
     )
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_may_sum_gradients():
+    """As cvnets does: the gradient is `accum` times that of the batch, and so is SGD's step."""
+    model, batch = Tiny(norm=False), make_batch(0)
+    tx = optim.sgd(
+        CURVE, momentum=0.0, nesterov=False, weight_decay=0.0, decay_1d=False, clip_norm=0.0
+    )
+    before = steps.init_state(0, model=model, tx=tx, size=SPEC.size)
+    whole, metrics = jax.jit(bind(model, tx=tx))(before, batch)
+    summed = bind(model, tx=tx, accum=4, accum_reduction="sum")
+    parts, metrics_of_parts = jax.jit(summed)(before, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics_of_parts["loss"]), rel=1e-6)
+    assert float(metrics_of_parts["grad_norm"]) == pytest.approx(
+        4 * float(metrics["grad_norm"]), rel=1e-5
+    )
+    want = jax.tree.map(lambda old, new: old + 4 * (new - old), before.params, whole.params)
+    for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_momentum_of_batch_norm_is_that_of_a_norm_with_it(accum):
+    """Scaling the update of the running statistics equals a norm built with another momentum."""
+
+    class Momentum(Tiny):
+        @nn.compact
+        def __call__(self, image, *, train=False):
+            x = nn.Conv(8, (3, 3), strides=2, use_bias=False, name="stem")(image)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.97, name="norm")(x)
+            x = nn.relu(x).mean(axis=(1, 2))
+            return {"logits": nn.Dense(self.num_classes, name="head")(x)}
+
+    batch, before = make_batch(0), init(Tiny())
+    momentum = schedule.by_epoch([0.1, 0.03], epoch_starts=[0, 1])
+    ours = jax.jit(bind(Tiny(), accum=accum, batch_norm_momentum=momentum))
+    theirs = jax.jit(bind(Momentum(), accum=accum))
+    plain, _ = jax.jit(bind(Tiny(), accum=accum))(before, batch)
+    state, _ = ours(before, batch)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # 0.1 is what the norm has by itself
+    # The second step is one with 0.03; parameters do not see the running statistics.
+    want, _ = theirs(state, batch)
+    got, _ = ours(state, batch)
+    plain, _ = jax.jit(bind(Tiny(), accum=accum))(state, batch)
+    assert not np.allclose(
+        got.model_state["batch_stats"]["norm"]["var"],
+        plain.model_state["batch_stats"]["norm"]["var"],
+        rtol=1e-3,
+    )
+    for part in ("params", "model_state", "ema"):
+        pairs = zip(
+            jax.tree.leaves(getattr(got, part)), jax.tree.leaves(getattr(want, part)), strict=True
+        )
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_one_device_and_four_agree():

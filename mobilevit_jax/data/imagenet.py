@@ -57,7 +57,7 @@ class Images:
 
     class_names: tuple[str, ...]
     images: tuple[_Image, ...]
-    labels: dict[str, int]  # by synset
+    numbers: dict[str, int]  # the label of each synset
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,7 +66,7 @@ class Images:
         name, synset, path, start, size = self.images[i]
         assert synset is not None
         data = storage.read(path) if size is None else storage.read_range(path, start, size)
-        return Record(data, self.labels[synset], name)
+        return Record(data, self.numbers[synset], name)
 
     @property
     def names(self) -> list[str]:
@@ -99,6 +99,25 @@ def read(root: Path) -> dict[str, Images]:
     _warn_if_short(root, {split: len(images) for split, images in found.items()}, names)
     labels = {synset: label for label, synset in enumerate(class_names)}
     return {split: Images(class_names, tuple(images), labels) for split, images in found.items()}
+
+
+def read_val(root: Path) -> Images:
+    """The validation images of the ImageNet in `root`; the training images need not be there.
+
+    Raises:
+      DataError: the images or their labels are missing, or a file is damaged.
+    """
+    try:
+        images = _images(root, "val")
+        if any(image.synset is None for image in images):
+            images = _label(images, root)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename or root}: {error.strerror or error}"
+        ) from error
+    class_names = tuple(sorted({str(image.synset) for image in images}))
+    labels = {synset: label for label, synset in enumerate(class_names)}
+    return Images(class_names, tuple(images), labels)
 
 
 def _warn_if_short(root: Path, images: dict[str, int], names: dict[str, set[str]]) -> None:

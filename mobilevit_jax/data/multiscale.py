@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 BLOCK = 4096  # steps whose sizes are drawn at once
 _STREAM = 2  # upper word of the counter: 0 permutes epochs and 1 augments (pipeline.py)
@@ -71,6 +72,28 @@ class Shapes:
         after = bisect.bisect_left(positions, examples)
         nearer = examples - positions[after - 1] < positions[after] - examples if after else False
         return max(1, block * BLOCK + after - int(nearer))
+
+    def epoch_starts(self, num_examples: int, epochs: int) -> Int64[np.ndarray, " epochs"]:
+        """The first step of each of the first epochs: whose batch begins in it, or else behind it.
+
+        A batch may end in the epoch after the one it begins in, as nothing is left over or repeated
+        at an epoch's end. One that is larger than an epoch begins several, all with the same step.
+
+        Args:
+            num_examples: examples in an epoch.
+            epochs: how many epochs.
+        """
+        firsts = np.arange(epochs, dtype=np.int64) * num_examples
+        if len(self.table) == 1:
+            return -(-firsts // self.table[0].batch_size)
+        starts = np.empty_like(firsts)
+        block = found = before = 0
+        while found < epochs:
+            positions = before + _draws(self.table, self.seed, block).positions
+            upto = int(np.searchsorted(firsts, positions[-1], side="right"))
+            starts[found:upto] = block * BLOCK + np.searchsorted(positions, firsts[found:upto])
+            block, found, before = block + 1, upto, int(positions[-1])
+        return starts
 
     def _total(self, block: int) -> int:
         return int(_draws(self.table, self.seed, block).positions[-1])

@@ -246,7 +246,7 @@ def train_batches(
 ) -> Batches:
     """Endless training batches, from that of step `start_step` on.
 
-    A broken example is replaced by the next of the source, which is mostly of the same class.
+    A broken example is replaced by the next of the source: in a folder mostly of its class.
 
     Args:
       source: the examples.
@@ -361,11 +361,15 @@ def _num_examples(source: Source) -> int:
     return len(source)
 
 
+def cores() -> int:
+    """How many this process may use: on Linux those that the container lends."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (len(affinity(0)) if affinity else os.cpu_count()) or 1
+
+
 def default_threads() -> int:
-    """As many as this process may use cores, up to `MAX_DEFAULT_THREADS`."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux; the cores a container lends
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(cores, MAX_DEFAULT_THREADS)
+    """One a core, but no more than a process can keep busy."""
+    return min(cores(), MAX_DEFAULT_THREADS)
 
 
 def _shut_down(pools: list[Executor], stop: threading.Event, *, wait: bool) -> None:

@@ -104,6 +104,19 @@ class _Prepared:
             )
         return Record(image, label, name)
 
+    def file_name(self, i: int) -> str:
+        """The name that the file of example i had, where the dataset keeps it.
+
+        Raises:
+          DataError: it does not.
+        """
+        try:
+            values = tfrecord.parse_example(self.rows[i], ("file_name",), start=self.rows.start)
+            (name,) = values["file_name"]
+            return name.decode() if isinstance(name, bytes) else str(name)
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{self.name}[{i}] of {self.root} has no file_name") from error
+
 
 def tfds(
     split: str, *, root: str, train_split: str = "train", val_split: str = "validation"

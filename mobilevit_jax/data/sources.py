@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from mobilevit_jax.data import pack, prepared, storage
+from mobilevit_jax.data import imagenet_sets, pack, prepared, storage
 from mobilevit_jax.data.record import SPLITS, DataError, Record, Source
 
 HELD_OUT = ("val", "validation", "valid", "test")  # folder names for "val": the first there is used
@@ -177,6 +177,15 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "folder": folder,
+    "imagenet_a": imagenet_sets.imagenet_a,
+    "imagenet_c": imagenet_sets.imagenet_c,
+    "imagenet_r": imagenet_sets.imagenet_r,
+    "imagenet_real": imagenet_sets.imagenet_real,
+    "imagenet_sketch": imagenet_sets.imagenet_sketch,
+    "imagenet_v2_matched_frequency": imagenet_sets.imagenet_v2_matched_frequency,
+    "imagenet_v2_threshold": imagenet_sets.imagenet_v2_threshold,
+    "imagenet_v2_top_images": imagenet_sets.imagenet_v2_top_images,
+    "imagenet_val": imagenet_sets.imagenet_val,
     "pack": pack.pack,
     "tfds": prepared.tfds,
 }

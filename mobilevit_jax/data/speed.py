@@ -9,7 +9,6 @@ import cProfile
 import functools
 import inspect
 import itertools
-import os
 import statistics
 import time
 import warnings
@@ -56,12 +55,6 @@ class Speed(NamedTuple):
         return sum(stage.seconds for stage in self.stages)
 
 
-def cores() -> int:
-    """How many this process may use: on Linux those that the container lends."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return (len(affinity(0)) if affinity else os.cpu_count()) or 1
-
-
 def measure(
     source: Source,
     transform: transforms.Transform,
@@ -94,7 +87,7 @@ def measure(
         images=images,
         workers=_name(workers),
         parallel=workers.processes or workers.threads or 1,
-        cores=cores(),
+        cores=pipeline.cores(),
         batch_size=shapes.at(0).batch_size,
         first_batch_seconds=first_batch_seconds,
         loader_images_per_second=rate,

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mobilevit_jax.tasks import mixing
+from mobilevit_jax.tasks.scores import reached
 from mobilevit_jax.tasks.task import Batch, Outputs, Task
 
 
@@ -32,9 +33,8 @@ def hits(logits: Float[Array, "b k"], label: Int[Array, " b"], *, top: int) -> F
 
     Logits equal to the label's count against it, so a constant output scores nothing; so do NaNs.
     """
-    own = jnp.take_along_axis(logits, label[:, None], axis=-1)  # b 1
-    rivals = jnp.sum(~(logits < own), axis=-1) - 1  # the label itself is one of them
-    return (rivals < top).astype(jnp.float32)
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)[:, 0]  # b
+    return reached(logits, own, label, top=top)
 
 
 def classification(

@@ -21,14 +21,14 @@ class Task(NamedTuple):
     Attributes:
         mix: (batch, rng) -> batch; mixes examples of a training batch (mixup, cutmix).
         loss: (outputs, batch) -> scalar; mean over the valid examples, differentiable.
-        sums: (outputs, batch) -> scalars by name, each a sum over the valid examples, with "count";
-            sums of batches add up to the sum of the split.
+        sums: (outputs, batch) -> scalars or vectors by name, each a sum over the valid examples,
+            with "count"; sums of batches add up to the sum of the split.
         summarize: sums on the host -> metrics by name.
         predict: outputs -> arrays by name, leading axis = example.
     """
 
     mix: Callable[[Batch, jax.Array], Batch]
     loss: Callable[[Outputs, Batch], Float[Array, ""]]
-    sums: Callable[[Outputs, Batch], dict[str, Float[Array, ""]]]
+    sums: Callable[[Outputs, Batch], dict[str, Float[Array, "..."]]]
     summarize: Callable[[Mapping[str, np.ndarray | float]], dict[str, float]]
     predict: Callable[[Outputs], dict[str, Array]]

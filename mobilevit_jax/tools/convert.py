@@ -58,6 +58,7 @@ def convert(
     format: str,
     weights: str = "ema",
     checkpoint: str = "newest",
+    average: int = 1,
 ) -> Converted:
     """Writes the model that a reference means to a new directory.
 
@@ -67,6 +68,8 @@ def convert(
         format: key of `FORMATS`.
         weights: of a run: "ema" or "raw".
         checkpoint: of a run: "newest", "best" or a step.
+        average: of a run: the number of newest checkpoints to write the mean of, batch statistics
+            included.
 
     Raises:
         ConfigError: the target is taken, or the format has no form for this network.
@@ -81,7 +84,7 @@ def convert(
         )
     if format == "cvnets":
         files.optional("torch", "cvnets reads PyTorch's own files")
-    loaded = pretrained.read(source, weights=weights, checkpoint=checkpoint)
+    loaded = pretrained.read(source, weights=weights, checkpoint=checkpoint, average=average)
     model, notes = _prepare(loaded, format)
     try:
         contents = FORMATS[format](model)
@@ -297,6 +300,12 @@ def _card(model: _Model, format: str, *, title: str) -> str:
 def _origin(source: Mapping[str, Any]) -> str:
     if source.get("weights") == "random":
         return f"Random weights of {source['reference']}, not trained."
+    if source.get("mean_of"):
+        steps = ", ".join(f"{step:,}" for step in source["mean_of"])
+        return (
+            f"Trained with {formats.LIBRARY}; the mean of the {source['weights']} weights after "
+            f"{steps} steps."
+        )
     if "step" in source:
         return f"Trained with {formats.LIBRARY}."
     return f"Converted from {source['reference']} by {formats.LIBRARY}."

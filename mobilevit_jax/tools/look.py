@@ -71,7 +71,7 @@ def look(
                 f"--workdir={workdir} cannot be made: {error.strerror}"
             ) from error
     splits = {
-        split: survey.survey(source, examples=examples, threads=speed.cores(), progress=progress)
+        split: survey.survey(source, examples=examples, threads=pipeline.cores(), progress=progress)
         for split, source in (("train", train), ("val", val))
     }
     sizes = tuple(sorted({(shape.height, shape.width) for shape in shapes.table}))
@@ -89,11 +89,16 @@ def look(
         raise build.ConfigError(f"config.augment: {error}") from error
     pictures = []
     if workdir is not None:
-        pictures = [
-            _draw_batch(workdir, measured, train.class_names),
-            _draw_augmentations(workdir, train, splits["train"], transform, shapes),
-            _draw_evaluation(workdir, val, splits["val"], spec),
-        ]
+        try:
+            pictures = [
+                _draw_batch(workdir, measured, train.class_names),
+                _draw_augmentations(workdir, train, splits["train"], transform, shapes),
+                _draw_evaluation(workdir, val, splits["val"], spec),
+            ]
+        except PermissionError as error:
+            raise build.ConfigError(
+                f"--workdir={workdir} cannot be written: {error.strerror}"
+            ) from error
     return Look(splits, sizes, measured, tuple(hints), tuple(p for p in pictures if p is not None))
 
 
@@ -124,7 +129,7 @@ def _speed_hints(measured: Speed, train: Survey, sizes: Sequence[tuple[int, int]
     """What limits, and what to do; last what to compare with."""
     slowest = max(measured.stages, key=lambda stage: stage.seconds)
     share = slowest.seconds / measured.seconds
-    hints = [f"Of a core's time for an image, {slowest.name} takes most: {share:.0%}."]
+    hints = [f"Most of a core's time for an image goes into: {slowest.name} ({share:.0%})."]
     if measured.seconds < SMALL:
         hints[0] += " At this rate nothing need be done."
     elif slowest.name == "read":
@@ -142,9 +147,9 @@ def _speed_hints(measured: Speed, train: Survey, sizes: Sequence[tuple[int, int]
         )
     hints += _worker_hints(measured)
     hints.append(
-        f"The loader gives {_rate(measured.loader_images_per_second)} images/s with {measured.workers}. "
-        "Compare with img/s and wait in the training log: it limits where wait is well above 0 %; "
-        "where it is near 0 %, the network does."
+        f"The loader gives {_rate(measured.loader_images_per_second)} images/s with "
+        f"{measured.workers}. Compare with img/s and wait in the training log: where wait stays "
+        "near 0 %, loading does not limit."
     )
     return hints
 
@@ -153,10 +158,12 @@ def _decode_hints(train: Survey, sizes: Sequence[tuple[int, int]]) -> list[str]:
     hints = []
     prepare = "launch.py prepare folder --source=DIR --target=DIR"
     whole = train.heights > 0
+    if not whole.any():
+        return hints
     plain = train.formats.get(survey.BASELINE, 0) + train.formats.get(survey.PROGRESSIVE, 0)
     if plain > 0.5 * whole.sum():
         hints.append(
-            f"Without loss: {prepare} --restart-markers lets crops decode without the rest."
+            f"Without loss: {prepare} --restart-markers, so that crops decode without the rest."
         )
     short = np.median(np.minimum(train.heights, train.widths)[whole])
     target = 32 * math.ceil(SHRUNK * max(map(max, sizes)) / 32)
@@ -170,17 +177,18 @@ def _decode_hints(train: Survey, sizes: Sequence[tuple[int, int]]) -> list[str]:
 
 def _worker_hints(measured: Speed) -> list[str]:
     if measured.parallel < measured.cores:
-        if measured.parallel < pipeline.MAX_DEFAULT_THREADS:
-            more = f"--config.loader.threads={min(measured.cores, pipeline.MAX_DEFAULT_THREADS)}"
-        else:
+        threads = min(measured.cores, pipeline.MAX_DEFAULT_THREADS)
+        if "process" in measured.workers or measured.parallel >= threads:
             more = f"--config.loader.processes={measured.cores}"
+        else:
+            more = f"--config.loader.threads={threads}"
         return [f"Only {measured.workers} for {measured.cores} cores: {more}."]
     single = 1 / measured.seconds
     gain = measured.loader_images_per_second / single
     if gain < 0.6 * min(measured.parallel, measured.cores) and measured.seconds >= SMALL:
         return [
-            f"{measured.workers} load only {gain:.1f} times as fast as one: they wait for storage, or "
-            "other programs use the cores."
+            f"{measured.workers} load only {gain:.1f} times as much as one core could: they wait "
+            "for storage, or other programs use the cores."
         ]
     return []
 
@@ -216,7 +224,7 @@ def _draw_augmentations(
         original = transforms.decode(record)
         images.append(_framed(original, shape.height, shape.width))
         height, width, _ = original.shape
-        captions.append(f"{_text(source.class_names[record.label])}\n{width} x {height}")
+        captions.append(f"{_text(source.class_names[record.label])}\n{height}x{width}")
         for epoch in range(VERSIONS):
             out = np.empty_like(images[0])
             transform(record, rows.augmentation_rng(shapes.seed, epoch, index), out)
@@ -230,7 +238,7 @@ def _draw_augmentations(
         np.stack(images),
         captions,
         columns=1 + VERSIONS,
-        title="training: the whole image, and what the network gets of it in each epoch",
+        title="training: the whole image, and what the loader makes of it in the first epochs",
     )
     return path
 
@@ -256,7 +264,7 @@ def _draw_evaluation(
         path,
         np.stack(images),
         captions,
-        title=f"evaluation: short side {spec.resize}, centre {spec.size[1]} x {spec.size[0]}",
+        title=f"evaluation: short side {spec.resize}, centre {_sizes([spec.size])}",
     )
     return path
 
@@ -313,6 +321,7 @@ def _split_json(found: Survey) -> dict[str, Any]:
 
 def _speed_json(measured: Speed) -> dict[str, Any]:
     fields = measured._asdict()
+    del fields["batch"]
     fields["stages"] = {
         stage.name: {"seconds": stage.seconds, "images_per_second": 1 / max(stage.seconds, 1e-9)}
         for stage in measured.stages
@@ -332,7 +341,8 @@ def print_look(found: Look, console: Console) -> None:
     for split, each in found.splits.items():
         if not each.labels_known:
             line(
-                f"Classes of {split}: of the examples looked at; its labels are inside the records."
+                f"{split}: labels lie inside its records, so classes are counted among those "
+                "looked at; --all counts all."
             )
     if classes := _class_rows(surveys):
         report.print_table(["class", *found.splits], classes, console)
@@ -357,7 +367,7 @@ def _survey_rows(surveys: Sequence[Survey]) -> list[list[str]]:
     rows = [
         ["examples", *(f"{each.num_examples:,}" for each in surveys)],
         ["classes", *(f"{len(each.class_names):,}" for each in surveys)],
-        ["of a class (min / median / max)", *(_range(each.class_counts) for each in surveys)],
+        ["examples a class (min / median / max)", *(_range(each.class_counts) for each in surveys)],
         ["looked at", *(f"{len(each.indices):,}" for each in surveys)],
         ["broken", *(_share(len(each.broken), each) for each in surveys)],
         ["height (min / median / max)", *(_range(each.heights[good]) for each, good in pairs)],
@@ -384,12 +394,11 @@ def _class_rows(surveys: Sequence[Survey]) -> list[list[str]]:
     """The largest and the smallest classes; none where all are alike."""
     if all(np.ptp(each.class_counts) == 0 for each in surveys):
         return []
-    order = np.argsort(-surveys[0].class_counts, kind="stable").tolist()
+    counts = [each.class_counts.tolist() for each in surveys]
+    pairs = [(each, sum(each)) for each in counts]
+    order = sorted(range(len(counts[0])), key=lambda k: -counts[0][k])
     rows = [
-        [
-            _text(surveys[0].class_names[k]),
-            *(_part(each.class_counts[k], each.class_counts.sum()) for each in surveys),
-        ]
+        [_text(surveys[0].class_names[k]), *(_part(each[k], total) for each, total in pairs)]
         for k in order
     ]
     if len(rows) > LISTED:

@@ -8,6 +8,7 @@ Before editing: directories come from strangers. Whatever is wrong with what the
 message that names the file, and every key of theirs and ours is accounted for.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -73,11 +74,13 @@ class Run(NamedTuple):
         network: model, task, input specification, class names.
         weights: variables as numpy arrays, under "raw" and "ema".
         step: optimiser steps done.
+        mean_of: the steps whose weights were averaged; empty where they are those of `step`.
     """
 
     network: build.Network
     weights: dict[str, Tree]
     step: int
+    mean_of: tuple[int, ...]
 
 
 def load(
@@ -111,17 +114,21 @@ def read(
     weights: str = "ema",
     checkpoint: str = "newest",
     num_classes: int | None = None,
+    average: int = 1,
 ) -> Loaded:
-    """`load` for tools: numpy arrays, and what is known of where the weights come from."""
+    """`load` for tools: numpy arrays, and what is known of where the weights come from.
+
+    Of a run, `average` is the number of newest checkpoints whose mean the weights are to be.
+    """
     if weights not in ("ema", "raw"):
         raise build.ConfigError(f"weights is {weights!r}; write ema or raw")
     path, name = pathlib.Path(reference).expanduser(), str(reference)
     if is_run(path):
-        loaded = _read_run(path, weights=weights, which=checkpoint)
-    elif (weights, checkpoint) != ("ema", "newest"):
+        loaded = _read_run(path, weights=weights, which=checkpoint, average=average)
+    elif (weights, checkpoint, average) != ("ema", "newest", 1):
         raise build.ConfigError(
-            f"{name} is no workdir of a run: weights={weights} and checkpoint={checkpoint} choose "
-            "among what a run keeps"
+            f"{name} is no workdir of a run: weights={weights}, checkpoint={checkpoint} and "
+            f"average={average} choose among what a run keeps"
         )
     elif path.is_dir():
         loaded = _read_directory(path)
@@ -196,7 +203,11 @@ def _finite(array: np.ndarray) -> bool:
 
 
 def load_run(
-    workdir: pathlib.Path, *, config: build.Config | None = None, which: str = "newest"
+    workdir: pathlib.Path,
+    *,
+    config: build.Config | None = None,
+    which: str = "newest",
+    average: int = 1,
 ) -> Run:
     """Reads a run's network and weights, on whatever devices it was trained.
 
@@ -204,9 +215,10 @@ def load_run(
         workdir: of the run.
         config: whose model to put the weights into; None for the run's own.
         which: checkpoint: "newest", "best" or a step number.
+        average: with "newest", how many of the newest to take the mean of.
 
     Raises:
-        ConfigError: the directory is no run.
+        ConfigError: the directory is no run, or `average` does not go with `which`.
         CheckpointError: there is no such checkpoint, or it cannot be read.
         MismatchError: the weights are of another model than the config's.
     """
@@ -219,19 +231,30 @@ def load_run(
     except (OSError, ValueError) as error:
         raise build.ConfigError(f"{labels_path} cannot be read: {error}") from error
     network = build.network(config, class_names)
-    restored = checkpoint.read(workdir, which)
+    if average == 1:
+        restored = checkpoint.read(workdir, which)
+    elif which == "newest":
+        restored = checkpoint.read_mean(workdir, average)
+    else:
+        raise build.ConfigError(
+            f"the newest {average} checkpoints are averaged; checkpoint={which} does not go with it"
+        )
     state = steps.TrainState(**restored.state)
     expected = steps.abstract_variables(network.model, network.input_spec.size)
     checkpoint.check_matches(expected, state.variables("raw"), where=workdir)
     weights = {name: state.variables(name) for name in ("raw", "ema")}
-    return Run(network, weights, restored.step)
+    return Run(network, weights, restored.step, tuple(restored.meta.get("mean_of", ())))
 
 
-def _read_run(workdir: pathlib.Path, *, weights: str, which: str) -> Loaded:
+def _read_run(workdir: pathlib.Path, *, weights: str, which: str, average: int) -> Loaded:
     config = build.from_json(workdir / "config.json")
-    run = load_run(workdir, config=config, which=which)
-    metrics = _metrics(workdir / "metrics.jsonl", weights=weights, step=run.step)
-    source = {"weights": weights, "step": run.step, "data": config.data.name, "metrics": metrics}
+    run = load_run(workdir, config=config, which=which, average=average)
+    source: dict[str, Any] = {"weights": weights, "step": run.step, "data": config.data.name}
+    if run.mean_of:  # nobody has evaluated the mean
+        source |= {"metrics": {}, "mean_of": list(run.mean_of)}
+    else:
+        path = workdir / "metrics.jsonl"
+        source["metrics"] = _metrics(path, weights=weights, step=run.step)
     network = run.network
     variables = run.weights[weights]
     pretrained = Pretrained(network.model, variables, network.input_spec, network.class_names)
@@ -264,17 +287,8 @@ def _published(name: str, num_classes: int | None) -> tuple[str, zoo.nn.Module, 
 
 def _random(name: str, num_classes: int | None) -> Loaded:
     family, model, spec = _published(name, num_classes)
-
-    @jax.jit
-    def init() -> Tree:
-        image = jnp.zeros((1, *spec.size, 3))
-        return model.init(jax.random.key(0), image, mutable=["params", *steps.MODEL_STATE])
-
-    # It runs once: without optimising, the compiler is done in a fraction of the time.
-    options: dict[str, str | bool] = {}
-    if jax.default_backend() == "cpu":
-        options["xla_backend_optimization_level"] = "0"
-    variables = jax.device_get(init.lower().compile(compiler_options=options)())
+    init = functools.partial(steps.init_variables, model, 0, spec.size)
+    variables = jax.device_get(steps.run_once(init))
     labels = formats.default_labels(variables["params"]["head"]["bias"].size)
     source = {"reference": name, "weights": "random"}
     return Loaded(Pretrained(model, variables, spec, labels), family, source)

@@ -73,6 +73,32 @@ def test_positions_are_running_sums():
     assert shapes.steps(0) == 0
 
 
+@pytest.mark.parametrize("table", [(Shape(8, 8, 3), Shape(4, 4, 11)), (Shape(8, 8, 7),)])
+@pytest.mark.parametrize("num_examples", [5, 100, 10_000])
+def test_an_epoch_starts_with_the_first_batch_that_begins_in_it(table, num_examples):
+    shapes = Shapes(table, seed=3)
+    epochs = 70_000 // num_examples
+    starts = shapes.epoch_starts(num_examples, epochs)
+    assert starts.shape == (epochs,) and starts[0] == 0
+    begun = np.cumsum([0, *(shapes.at(step).batch_size for step in range(starts[-1]))])
+    # In other words: the epoch of a step is that of the example it begins with.
+    epoch = np.searchsorted(starts, np.arange(starts[-1] + 1), side="right") - 1
+    np.testing.assert_array_equal(epoch, np.minimum(begun // num_examples, epochs - 1))
+
+
+def test_epochs_of_variable_batches_take_about_855_steps():
+    shapes = multiscale.variable_batch(
+        **BASE, **V1, round_to=8, at_least_base=True, batch_size=1024
+    )
+    starts = shapes.epoch_starts(1_281_167, 301)
+    lengths = np.diff(starts)
+    assert 852 < lengths.mean() < 858
+    assert lengths.min() < 840 and lengths.max() > 870
+    # A run of 300 epochs has 300 of them.
+    last = shapes.steps(300 * 1_281_167) - 1
+    assert starts[299] < last <= starts[300]
+
+
 def test_one_shape():
     shapes = multiscale.fixed(size=(32, 48), batch_size=24, seed=0, multiple_of=8)
     assert shapes == Shapes((Shape(32, 48, 24),))

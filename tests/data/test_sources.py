@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit_jax.data import sources, storage
+from mobilevit_jax.data import imagenet_sets, sources, storage
 from mobilevit_jax.data.record import DataError, Record, Source
 
 REAL_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -519,7 +519,8 @@ def test_folder_trouble_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_table_of_sources():
-    assert set(sources.SOURCES) == {"digits", "fashion_mnist", "folder", "pack", "tfds"}
+    own = {"digits", "fashion_mnist", "folder", "pack", "tfds"}
+    assert set(sources.SOURCES) == own | set(imagenet_sets.ABOUT)
 
 
 def test_sources_pickle(tmp_path: Path):
