@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir", type=pathlib.Path, help="directory of the run; resumed if there"
     )
     train.add_argument(
+        "--profile",
+        type=_span,
+        metavar="FIRST:LAST",
+        help="record these steps, for ui.perfetto.dev and XProf",
+    )
+    train.add_argument(
         "--print_config", action="store_true", help="print the resolved config and stop"
     )
 
@@ -244,6 +250,13 @@ def _add_prepare(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         )
 
 
+def _span(text: str) -> tuple[int, int]:
+    steps = re.fullmatch(r"(\d+):(\d+)", text)
+    if steps is None or not 0 < int(steps[1]) <= int(steps[2]):
+        raise UsageError(f"--profile is {text!r}; write the first and last step: --profile=100:110")
+    return int(steps[1]), int(steps[2])
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -391,6 +404,7 @@ def _train(args: argparse.Namespace, config: "ConfigDict", command: str) -> None
         args.workdir,
         command=command,
         load=lambda reference: pretrained.read(reference).pretrained.variables,
+        trace_steps=args.profile,
     )
 
 

@@ -55,6 +55,9 @@ def get_config() -> ConfigDict:
     # What becomes of the parts' gradients: mean | sum. cvnets takes the sum, so that SGD learns
     # `accum` times as fast.
     config.accum_reduction = "mean"
+    # Steps in a row that may have a loss or gradient that is no number; they are told and skipped.
+    # One more, and the run stops with status 4. With 0 it stops at the first.
+    config.max_skipped = 0
     # Length of the run.
     config.duration = "300 epochs"
     # Type of the network's arithmetic: float32 | bfloat16. Parameters are float32 always.

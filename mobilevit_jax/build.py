@@ -59,6 +59,7 @@ class Experiment(NamedTuple):
     seed: int
     accum: int
     accum_reduction: str
+    max_skipped: int
     batch_norm_momentum: schedule.Curve | None
     ema_decay: float
     init: str
@@ -375,6 +376,8 @@ def experiment(config: Config) -> Experiment:
         DataError: the images are not there or not as they should be.
     """
     _positive("checkpoint.keep", config.checkpoint.keep)
+    if config.max_skipped < 0:
+        raise ConfigError(f"config.max_skipped is {config.max_skipped}; it must be at least 0")
     step_shapes = shapes(config)
     if config.accum_reduction not in ("mean", "sum"):
         raise ConfigError(f"config.accum_reduction is {config.accum_reduction!r}; use mean or sum")
@@ -423,6 +426,7 @@ def experiment(config: Config) -> Experiment:
         seed=config.seed,
         accum=config.accum,
         accum_reduction=config.accum_reduction,
+        max_skipped=config.max_skipped,
         batch_norm_momentum=_batch_norm_momentum(config, warmup, epoch_starts),
         ema_decay=config.ema_decay,
         init=config.init,

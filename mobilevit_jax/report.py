@@ -113,6 +113,7 @@ class Report:
         self._loop_began: float | None = None  # the first wait for data; compiling comes before it
         self._logged_at, self._logged_step = self._created, start_step
         self._waited = self._paused = 0.0  # seconds since the last log
+        self._spent: dict[str, float] = {}  # seconds of this start that were no steps, by what
         self._pauses: list[str] = []  # names of the open `pausing` blocks, outermost first
         self._step, self._shown = start_step, ""
         self.console = console or Console()
@@ -170,7 +171,9 @@ class Report:
             yield
         finally:
             if not self._pauses:
-                self._waited += self._clock() - began
+                seconds = self._clock() - began
+                self._waited += seconds
+                self._spend("wait", seconds)
 
     @contextlib.contextmanager
     def pausing(self, name: str) -> Iterator[None]:
@@ -185,7 +188,19 @@ class Report:
         finally:
             self._pauses.pop()
             if not self._pauses:  # an inner pause is part of the outer one
-                self._paused += self._clock() - began
+                seconds = self._clock() - began
+                self._paused += seconds
+                self._spend(name, seconds)
+
+    def _spend(self, name: str, seconds: float) -> None:
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
+
+    def goodput(self) -> tuple[float, str]:
+        """The share of this start that went into steps, and a line on what the rest went into."""
+        whole = max(self._clock() - self._created, 1e-9)
+        share = 1.0 - sum(self._spent.values()) / whole
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._spent.items())
+        return share, f"goodput {share:.0%} of {whole:.1f} s" + (f"; {parts}" if parts else "")
 
     def advance(self, step: int) -> None:
         """Says that `step` steps are done; the live line reads it at its next refresh."""
@@ -194,7 +209,8 @@ class Report:
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records `values` and the speed since the last `log`; call it when they are on the host.
 
-        Adds time/img_per_s and time/wait_share, a fraction; both leave pauses out. train/loss and
+        Adds time/img_per_s and time/wait_share, a fraction, which both leave pauses out, and
+        time/goodput, the share of this start so far that went into steps. train/loss and
         train/learning_rate go on the progress line.
         """
         now = self._clock()
@@ -202,7 +218,12 @@ class Report:
         seconds = seconds if seconds > 0 else math.nan
         speed = (self._images(step) - self._images(self._logged_step)) / seconds
         share = self._waited / seconds
-        self.scalars(step, {**values, "time/img_per_s": speed, "time/wait_share": share})
+        times = {
+            "time/img_per_s": speed,
+            "time/wait_share": share,
+            "time/goodput": self.goodput()[0],
+        }
+        self.scalars(step, {**values, **times})
         self._logged_at, self._logged_step, self._waited, self._paused = now, step, 0.0, 0.0
         self._step = step
         loss, lr = (float(values.get(f"train/{k}", math.nan)) for k in ("loss", "learning_rate"))

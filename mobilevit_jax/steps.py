@@ -4,6 +4,7 @@ They are called bare in tests; train.py and the tools bind the keyword arguments
 shard them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -120,6 +121,7 @@ def train_step(
     freeze_backbone: bool,
     accum_reduction: str = "mean",
     batch_norm_momentum: Curve | None = None,
+    skip_non_finite: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step on one batch.
 
@@ -141,6 +143,8 @@ def train_step(
             the metrics is the mean in any case.
         batch_norm_momentum: by step, what a batch counts for in the running statistics; None for
             what the network does by itself.
+        skip_non_finite: where the loss or the gradient is no number, all but the number of the step
+            stays as it was; the optimiser does not see such a step.
 
     Returns:
         The state after the step, and loss, grad_norm and learning_rate as scalars.
@@ -206,6 +210,10 @@ def train_step(
         opt_state=opt_state,
         ema=ema,
     )
+    if skip_non_finite:
+        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+        before = dataclasses.replace(state, step=new_state.step)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, before)
     return new_state, metrics
 
 

@@ -43,6 +43,34 @@ class SavedAndStopped(Exception):
     """A signal asked the run to stop, and it has saved its state."""
 
 
+class Trace:
+    """Records what host and device do in steps `first` to `last`, for Perfetto and XProf."""
+
+    def __init__(self, workdir: pathlib.Path, span: tuple[int, int] | None) -> None:
+        self._directory = workdir / "trace"
+        self._first, self._last = span or (0, 0)
+        self._on = False
+
+    def begin(self, step: int) -> None:
+        """Call it before a step, ahead of the wait for its batch."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True)
+            self._on = True
+
+    def end(self, step: int, result: Tree, note: Callable[[str], None]) -> None:
+        """Call it after a step, with what the step gives."""
+        if self._on and step == self._last:
+            jax.block_until_ready(result)
+            self.close()
+            note(f"trace of steps {self._first} to {step} in {self._directory}")
+
+    def close(self) -> None:
+        """Ends a trace that is still on."""
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+
+
 class Interrupt:
     """Remembers a request to stop, so that the loop can save and leave between two steps."""
 
@@ -72,6 +100,7 @@ def train(
     *,
     command: str,
     load: Callable[[str], dict[str, Tree]],
+    trace_steps: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Trains, or goes on with, the run in `workdir`; returns its last evaluation.
 
@@ -80,6 +109,7 @@ def train(
         workdir: made where it is missing; everything about the run lies there.
         command: what was typed, for the record.
         load: reads the variables of the model reference that `config.init` may hold.
+        trace_steps: first and last step to record in the workdir's `trace/`; None for none.
 
     Raises:
         ConfigError, DataError, CheckpointError: see build, data/sources and checkpoint.
@@ -198,8 +228,14 @@ def train(
             )
         )
         pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+        skipped = 0
+        trace = Trace(workdir, trace_steps)
+        stack.callback(trace.close)
+        if trace_steps and not start < trace_steps[0] <= run.total_steps:
+            reporter.note(f"no trace: this start takes steps {start + 1} to {run.total_steps}")
         reading: collections.deque[pipeline.Batch] = collections.deque()
         for step in range(start + 1, run.total_steps + 1):
+            trace.begin(step)
             with reporter.waiting():
                 batch = next(batches)
             if step == 1:
@@ -214,6 +250,7 @@ def train(
             while len(reading) > 1:
                 batches.recycle(reading.popleft())
             reporter.advance(step)
+            trace.end(step, step_metrics, reporter.note)
 
             due = functools.partial(schedule.due, step, total=run.total_steps)
             stop = interrupt.name is not None
@@ -221,8 +258,11 @@ def train(
             eval_due = due(every=run.eval_every)
             if save_due or eval_due or due(every=run.log_every):
                 # Looked at before every save, so that what is saved is always finite.
+                values, skipped = _fetch(
+                    pending, step, skipped=skipped, max_skipped=run.max_skipped, note=reporter.note
+                )
                 broken = {"data/broken": len(batches.corrupt)} if batches.corrupt else {}
-                reporter.log(step, _fetch(pending, step) | broken)
+                reporter.log(step, values | broken)
             if save_due:
                 with reporter.pausing("save"):
                     checkpoints.save(step, state, {"elapsed": reporter.elapsed})
@@ -241,6 +281,7 @@ def train(
             _draw(workdir, run, evaluate.predictions(evaluator, state.variables("ema")))
         rows = report.read_metrics(workdir / "metrics.jsonl")
         last = next(row for row in reversed(rows) if run.best in row)
+        reporter.note(reporter.goodput()[1])
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
         return {name: value for name, value in last.items() if name.startswith("val")}
 
@@ -289,6 +330,7 @@ def _compile_train(
         accum=run.accum,
         freeze_backbone=run.freeze_backbone,
         accum_reduction=run.accum_reduction,
+        skip_non_finite=run.max_skipped > 0,
         batch_norm_momentum=run.batch_norm_momentum,
     )
     size = shape.height, shape.width
@@ -310,24 +352,50 @@ def _cost(shape: multiscale.Shape, program: Any) -> str:
     return ", ".join(parts)
 
 
-def _fetch(pending: collections.deque[dict[str, jax.Array]], step: int) -> dict[str, float]:
+def _fetch(
+    pending: collections.deque[dict[str, jax.Array]],
+    step: int,
+    *,
+    skipped: int,
+    max_skipped: int,
+    note: Callable[[str], None],
+) -> tuple[dict[str, float], int]:
     """The metrics of the steps since the last call, in one transfer; empties `pending`.
 
+    Args:
+        pending: of each step, the last being `step`.
+        step: the last.
+        skipped: how many steps in a row had been skipped when it was last called.
+        max_skipped: how many there may be.
+        note: is told of each.
+
+    Returns:
+        Metrics of the steps that were not skipped, and `skipped` for the next call.
+
     Raises:
-        NonFiniteError: one of them has a loss or gradient that is no number.
+        NonFiniteError: too many steps in a row have a loss or gradient that is no number.
     """
     fetched = jax.device_get(list(pending))
     pending.clear()
-    first = step - len(fetched) + 1
-    for i, values in enumerate(fetched):
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise NonFiniteError(f"{name} is {values[name]} at step {first + i}")
-    return {
-        "train/loss": float(np.mean([values["loss"] for values in fetched])),
-        "train/grad_norm": float(np.mean([values["grad_norm"] for values in fetched])),
-        "train/learning_rate": float(fetched[-1]["learning_rate"]),
-    }
+    taken = []
+    for at, values in enumerate(fetched, step - len(fetched) + 1):
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if not wrong:
+            taken.append(values)
+            skipped = 0
+            continue
+        skipped += 1
+        told = f"{wrong[0]} is {values[wrong[0]]} at step {at}"
+        if skipped > max_skipped:
+            after = f", after {max_skipped} skipped steps in a row" if max_skipped else ""
+            raise NonFiniteError(told + after)
+        note(f"{told}: skipped")
+    metrics = {"train/learning_rate": float(fetched[-1]["learning_rate"])}
+    for name in ("loss", "grad_norm"):
+        metrics[f"train/{name}"] = float(np.mean([values[name] for values in taken or fetched]))
+    if len(taken) < len(fetched):
+        metrics["train/skipped"] = len(fetched) - len(taken)
+    return metrics, skipped
 
 
 def _evaluated(workdir: pathlib.Path, step: int) -> bool:

@@ -93,8 +93,11 @@ def test_speed_share_and_eta_leave_out_or_average_in_the_pauses(tmp_path):
         "train/learning_rate": 5e-4,
         "time/img_per_s": 32.0,
         "time/wait_share": 0.25,
+        "time/goodput": pytest.approx(7.5 / 70),  # 60 s of compiling and 2.5 of waiting are not
     }
     assert (second["time"], second["time/img_per_s"], second["time/wait_share"]) == (600, 16, 0.25)
+    assert second["time/goodput"] == pytest.approx(0.225)
+    assert run.goodput()[1] == "goodput 22% of 100.0 s; compile 60.0 s, wait 7.5 s, evaluate 10.0 s"
     # Since the loop began 10 steps took 10 s: 90 s for 90; then 20 steps 40 s, pauses included.
     assert printed(console).splitlines() == [
         "step 10/100 10.0%  time 0:09:30  ETA 0:01:30  loss 2  32 img/s  wait 25%  lr 0.0005",

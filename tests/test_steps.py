@@ -53,6 +53,24 @@ def leaves_equal(a, b):
     )
 
 
+def test_a_step_that_is_not_finite_is_skipped():
+    sound = classification.classification()
+
+    def poisoned(outputs, batch):
+        return sound.loss(outputs, batch) / (batch["label"][0] != 2)
+
+    step = jax.jit(bind(Tiny(), task=sound._replace(loss=poisoned), skip_non_finite=True))
+    plain = jax.jit(bind(Tiny()))
+    good, bad = make_batch(0), make_batch(1)
+    good["label"], bad["label"] = good["label"].at[0].set(1), bad["label"].at[0].set(2)
+    before, _ = step(init(Tiny()), good)
+    assert leaves_equal(before, plain(init(Tiny()), good)[0])
+    after, metrics = step(before, bad)
+    assert not np.isfinite(metrics["loss"])
+    assert (int(before.step), int(after.step)) == (1, 2)
+    assert leaves_equal(after.replace(step=before.step), before)
+
+
 def test_loss_on_one_batch_falls():
     step = jax.jit(bind(Tiny()))
     state, batch = init(Tiny()), make_batch(0)

@@ -51,16 +51,45 @@ def test_warm_start_refuses_another_network():
         warm(state_of(Tiny()), variables)
 
 
-def test_fetch_averages_and_finds_the_first_bad_step():
-    def metrics(loss, norm=1.0):
-        values = {"loss": loss, "grad_norm": norm, "learning_rate": 0.5}
-        return {name: jnp.asarray(value) for name, value in values.items()}
+def metrics(loss, norm=1.0):
+    values = {"loss": loss, "grad_norm": norm, "learning_rate": 0.5}
+    return {name: jnp.asarray(value) for name, value in values.items()}
 
-    pending = collections.deque([metrics(1.0), metrics(3.0)])
-    assert train._fetch(pending, 10)["train/loss"] == 2.0
+
+def fetch(losses, *, skipped=0, max_skipped=0, told=None):
+    """As after step 10."""
+    pending = collections.deque(
+        loss if isinstance(loss, dict) else metrics(loss) for loss in losses
+    )
+    note = [].append if told is None else told.append
+    fetched = train._fetch(pending, 10, skipped=skipped, max_skipped=max_skipped, note=note)
     assert not pending
+    return fetched
+
+
+def test_fetch_averages_and_finds_the_first_bad_step():
+    values, skipped = fetch([1.0, 3.0])
+    assert values == {"train/loss": 2.0, "train/grad_norm": 1.0, "train/learning_rate": 0.5}
+    assert skipped == 0
     for bad, step in (([1.0, np.nan, np.nan], 9), ([1.0, 1.0, np.inf], 10)):
-        with pytest.raises(train.NonFiniteError, match=f"at step {step}"):
-            train._fetch(collections.deque(map(metrics, bad)), 10)
+        with pytest.raises(train.NonFiniteError, match=f"at step {step}$"):
+            fetch(bad)
     with pytest.raises(train.NonFiniteError, match="grad_norm is inf at step 10"):
-        train._fetch(collections.deque([metrics(1.0), metrics(1.0, np.inf)]), 10)
+        fetch([1.0, metrics(1.0, np.inf)])
+
+
+def test_skipped_steps_are_told_and_counted_in_a_row():
+    told = []
+    values, skipped = fetch([1.0, np.nan, 3.0, np.inf, np.nan], max_skipped=2, told=told)
+    assert values["train/loss"] == 2.0
+    assert values["train/skipped"] == 3
+    assert told == [
+        "loss is nan at step 7: skipped",
+        "loss is inf at step 9: skipped",
+        "loss is nan at step 10: skipped",
+    ]
+    assert skipped == 2
+    with pytest.raises(train.NonFiniteError, match="nan at step 9, after 2 skipped steps in a row"):
+        fetch([np.nan, 1.0], skipped=skipped, max_skipped=2)
+    values, skipped = fetch([1.0, np.nan], skipped=skipped, max_skipped=2)
+    assert (values["train/loss"], skipped) == (1.0, 1)

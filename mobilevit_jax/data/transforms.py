@@ -231,18 +231,48 @@ def _evaluation(
     if top < 0 or left < 0 or filtering not in REACH:
         _paste(_short(record, short, filtering), out, top, left)
         return
-    # Only what the crop shows: across for its rows, then down for its columns. Pillow could do both
-    # for a part of the image (box=), but in single precision, and a level off here and there.
-    scale = image.height / height
-    margin = REACH[filtering] * max(scale, 1.0) + 1
-    first = max(math.floor(top * scale - margin), 0)
-    last = min(math.ceil((top + size[0]) * scale + margin), image.height)
-    part = Image.fromarray(image.part(Box(first, 0, last - first, image.width)))
-    part = part.resize((width, last - first), filtering)
-    tall = Image.new("RGB", (size[1], image.height))
-    tall.paste(part.crop((left, 0, left + size[1], last - first)), (0, first))
-    whole = tall.resize((size[1], height), filtering)
-    out[...] = whole.crop((0, top, size[1], top + size[0]))
+    across = _reach(left, size[1], image.width, width, filtering)
+    down = _reach(top, size[0], image.height, height, filtering)
+    part = image.part(Box(down.first, across.first, down.length, across.length))
+    resized = Image.fromarray(part)
+    # Horizontally first, see `_resample`.
+    resized = resized.resize(
+        (across.count, down.length), filtering, (across.low, 0, across.high, down.length)
+    )
+    resized = resized.resize(
+        (across.count, down.count), filtering, (0, down.low, across.count, down.high)
+    )
+    top, left = top - down.start, left - across.start
+    out[...] = resized.crop((left, top, left + size[1], top + size[0]))
+
+
+class _Reach(NamedTuple):
+    """Along one side of an image: what some resized pixels are made of."""
+
+    start: int  # the first of them that is computed
+    count: int
+    first: int  # the first pixel of the image that is needed
+    length: int
+    low: float  # where the computed ones begin and end in the image, from `first` on
+    high: float
+
+
+def _reach(start: int, count: int, old: int, new: int, filtering: Image.Resampling) -> _Reach:
+    """Where `count` pixels from `start` on come from, when `old` pixels become `new`.
+
+    Pillow takes the place of a part in single precision. A few more pixels are computed, so that
+    the part begins and ends where that is exact: then its pixels are those of the whole, bit for
+    bit. That is at multiples of the odd part of the scale's denominator.
+    """
+    denominator = new // math.gcd(old, new)
+    every = denominator // (denominator & -denominator)
+    end = -(-(start + count) // every) * every
+    start = start // every * every
+    low, high = start * old / new, end * old / new
+    margin = REACH[filtering] * max(old / new, 1.0) + 1
+    first = max(math.floor(low - margin), 0)
+    last = min(math.ceil(high + margin), old)
+    return _Reach(start, end - start, first, last - first, low - first, high - first)
 
 
 def random_resized_crop(
