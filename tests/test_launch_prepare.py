@@ -1,5 +1,7 @@
 """`launch.py prepare` through the command line: what it prints, and how it fails."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +156,29 @@ def test_neither_jax_nor_tensorflow_is_imported(source, images, tmp_path):
     )
     assert ended.returncode == (0 if source == "images" else 3), ended.stderr
     assert ended.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.filterwarnings("default")
+def test_from_the_official_tars_to_an_accuracy(tars, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    target, workdir = tmp_path / "pack", tmp_path / "run"
+    markers = ["--restart-markers"] if shutil.which("jpegtran") else []
+    run(capsys, "imagenet", f"--source={tars}", f"--target={target}", *markers)
+    argv = [
+        "train",
+        "--config=tests/tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data={{'name': 'pack', 'root': '{target}'}}",
+        "--config.augment={'name': 'random_resized_crop'}",
+        "--config.policy={'name': 'rand_augment'}",
+    ]
+    assert launch.main(argv) == 0
+    said = capsys.readouterr()
+    assert "15 training and 7 validation images of 3 classes" in said.out
+    assert "broken" not in said.err  # the PNG called .JPEG is none
+    trained = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert launch.main(["eval", str(workdir), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    last = next(row for row in reversed(trained) if "val/top1" in row)
+    assert evaluated == {"step": 8} | {k: v for k, v in last.items() if k.startswith("val")}
+    assert json.loads((workdir / "labels.json").read_text()) == list(ilsvrc.SYNSETS)
