@@ -325,11 +325,10 @@ def _warm_start(
     )
 
 
-def _compile_train(
-    run: build.Experiment, shape: multiscale.Shape, mesh: Mesh, abstract_state: steps.TrainState
-) -> Any:
+def bound_step(run: build.Experiment) -> Callable[..., Any]:
+    """The train step of a run: (state, batch) -> (state, metrics)."""
     network = run.network
-    step = functools.partial(
+    return functools.partial(
         steps.train_step,
         model=network.model,
         task=network.task,
@@ -344,9 +343,14 @@ def _compile_train(
         skip_non_finite=run.max_skipped > 0,
         batch_norm_momentum=run.batch_norm_momentum,
     )
+
+
+def _compile_train(
+    run: build.Experiment, shape: multiscale.Shape, mesh: Mesh, abstract_state: steps.TrainState
+) -> Any:
     size = shape.height, shape.width
     batch = sharding.abstract_batch(mesh, batch_size=shape.batch_size, size=size)
-    program = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    program = jax.jit(bound_step(run), donate_argnums=0, out_shardings=sharding.replicated(mesh))
     return program.lower(abstract_state, batch).compile()
 
 

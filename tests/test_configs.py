@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import launch
-from mobilevit_jax import build, sharding, steps, tree
+from mobilevit_jax import build, sharding, steps, train, tree
 from mobilevit_jax.data.record import Record
 from mobilevit_jax.models import zoo
 from tests.nets import SPEC
@@ -238,25 +238,11 @@ def test_whole_train_step_by_shape(recipe, monkeypatch):
         steps.init_state, 0, model=network.model, tx=run.tx, size=network.input_spec.size
     )
     state = jax.eval_shape(init)
-    step = functools.partial(
-        steps.train_step,
-        model=network.model,
-        task=network.task,
-        tx=run.tx,
-        curve=run.curve,
-        input_spec=network.input_spec,
-        seed=run.seed,
-        ema_decay=run.ema_decay,
-        accum=run.accum,
-        freeze_backbone=run.freeze_backbone,
-        accum_reduction=run.accum_reduction,
-        batch_norm_momentum=run.batch_norm_momentum,
-    )
     mesh = sharding.make_mesh()
     # One of the sizes: the smallest, which is not the one that the state was made with.
     height, width, batch_size = run.shapes.table[0]
     batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=(height, width))
-    new_state, metrics = jax.eval_shape(step, state, batch)
+    new_state, metrics = jax.eval_shape(train.bound_step(run), state, batch)
     assert tree.difference(state, new_state) == []
     assert metrics["loss"].shape == ()
     assert run.total_steps > run.eval_every > 0

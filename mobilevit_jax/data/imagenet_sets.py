@@ -416,7 +416,7 @@ def _unexpected(what: str, root: str, about: About) -> DataError:
 
 def _top(root: str, about: About) -> str:
     """The directory of the set, which may lie in `root` under its usual name."""
-    root = pack.directory(root)
+    root = storage.directory(root)
     if not storage.is_folder(root):
         what = "is not a directory" if storage.exists(root) else "does not exist"
         raise _unexpected(f"{root} {what}", root, about)

@@ -18,14 +18,13 @@ import json
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8, UInt32
 
 from mobilevit_jax.data import storage
-from mobilevit_jax.data.record import SPLITS, DataError, Record, Source
+from mobilevit_jax.data.record import SPLITS, DataError, Record, Source, gist
 
 FORMAT, VERSION = "mobilevit_jax pack", 1
 SUMMARY = "pack.json"
@@ -112,7 +111,7 @@ def pack(split: str, *, root: str) -> Source:
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
-    root = directory(root)
+    root = storage.directory(root)
     summary = read_summary(root)
     about = summary.splits[split]
     index = read_index(root, split, summary)
@@ -125,11 +124,6 @@ def pack(split: str, *, root: str) -> Source:
         index=index._replace(crc32=index.crc32[:0]),  # of no use from here on
         name_ends=np.cumsum(index.name_size, dtype=np.int64),
     )
-
-
-def directory(root: str) -> str:
-    """The directory or URL as names are appended to it."""
-    return root.rstrip("/") if storage.is_remote(root) else str(Path(root).expanduser())
 
 
 def shard_path(root: str, split: str, number: int) -> str:
@@ -169,7 +163,7 @@ def read_summary(root: str) -> Summary:
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged, or was not written by `launch.py prepare` "
-            f"({type(error).__name__}: {_line(error)}); copy or prepare the dataset again"
+            f"({type(error).__name__}: {gist(error)}); copy or prepare the dataset again"
         ) from error
 
 
@@ -232,7 +226,7 @@ def parse_index(content: bytes, path: str) -> Index:
         return index
     except Exception as error:  # numpy and zipfile raise anything on broken bytes
         raise DataError(
-            f"{path} is no index of a pack ({_line(error)}); copy or prepare the dataset again"
+            f"{path} is no index of a pack ({gist(error)}); copy or prepare the dataset again"
         ) from error
 
 
@@ -261,7 +255,3 @@ def check_shards(root: str, split: str, about: Split) -> None:
                     f"{path} {what}: {size} bytes, but {expected} were written; copy it again, or "
                     "prepare the dataset again"
                 )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -88,7 +88,7 @@ def folder(
     Raises:
       DataError, OptionsError: as `imagenet`.
     """
-    root = pack.directory(source)
+    root = storage.directory(source)
     if target.expanduser().resolve().is_relative_to(Path(root).resolve()):
         raise OptionsError(f"{target} lies inside {root}; give another --target")
 
@@ -403,7 +403,7 @@ def verify(target: str, *, workers: int, progress: Progress) -> Checked:
     Raises:
       DataError: something is missing or damaged; its text counts and names it.
     """
-    root = pack.directory(target)
+    root = storage.directory(target)
     summary = pack.read_summary(root)
     damaged: dict[str, int] = {}
     unreadable: list[str] = []

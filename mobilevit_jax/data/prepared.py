@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from mobilevit_jax.data import storage, tfrecord
-from mobilevit_jax.data.record import SPLITS, CorruptError, DataError, Record, Source
+from mobilevit_jax.data.record import SPLITS, CorruptError, DataError, Record, Source, gist
 
 FEATURES = ("image", "label")  # those that are read
 
@@ -43,7 +43,7 @@ class _ArrayRecords:
         except Exception as error:  # from array_record's C++, of many types
             problem = error
         # a shard that was cut short gives empty records
-        why = _line(problem) if problem else "the record is empty"
+        why = gist(problem) if problem else "the record is empty"
         shard = self.shards[bisect.bisect_right(self.ends, i)]
         raise DataError(f"{why}; is {shard} whole? Copy it again") from problem
 
@@ -93,7 +93,7 @@ class _Prepared:
             (image,), (label,) = (values[key] for key in FEATURES)
         except (ValueError, KeyError) as error:
             raise CorruptError(
-                f"{name} of {self.root} is broken: it lacks an image or a label ({_line(error)})"
+                f"{name} of {self.root} is broken: it lacks an image or a label ({gist(error)})"
             ) from error
         if not isinstance(image, bytes) or not isinstance(label, int):
             raise CorruptError(f"{name} of {self.root} is broken: its features have other types")
@@ -139,7 +139,7 @@ def tfds(
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     wanted = train_split if split == "train" else val_split
-    folder = root.rstrip("/") if storage.is_remote(root) else str(Path(root).expanduser())
+    folder = storage.directory(root)
     _check_folder(folder)
     with _local_metadata(folder) as metadata:
         import tensorflow_datasets  # 0.8 s, and only this source needs it
@@ -149,7 +149,7 @@ def tfds(
         except Exception as error:  # of many types; the files come from any version of TFDS
             raise DataError(
                 f"TFDS cannot read the dataset_info.json and features.json of {folder}: "
-                f"{_line(error)}; prepare the dataset again"
+                f"{gist(error)}; prepare the dataset again"
             ) from error
         _check_features(info.features, tensorflow_datasets.features, folder)
         pieces = _pieces(info.splits, wanted, folder, split)
@@ -226,7 +226,7 @@ def _pieces(splits: Any, wanted: str, folder: str, split: str) -> list[_Piece]:
         instructions = splits[wanted].file_instructions
     except Exception as error:  # ValueError, AssertionError and others, by what is wrong
         raise DataError(
-            f"TFDS cannot make the split {wanted!r} of {folder}: {_line(error)}"
+            f"TFDS cannot make the split {wanted!r} of {folder}: {gist(error)}"
         ) from error
     pieces = [
         _Piece(f"{folder}/{Path(i.filename).name}", i.skip, i.take, i.examples_in_shard)
@@ -282,7 +282,3 @@ def _tfrecords(pieces: list[_Piece], folder: str) -> _TFRecords:
         columns.append(np.stack([places, records, starts[records], starts[records + 1]]))
     places, records, begins, ends = np.concatenate(columns, axis=1)
     return _TFRecords(shards, places.astype(np.int32), records.astype(np.int32), begins, ends)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

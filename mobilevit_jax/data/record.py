@@ -16,6 +16,11 @@ class CorruptError(DataError):
     """One example is broken. Training may put another in its place (`data.max_corrupt`)."""
 
 
+def gist(error: BaseException) -> str:
+    """The text of an error on one line, to be put into a `DataError`."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Record(NamedTuple):
     """One labelled image, not yet decoded."""
 

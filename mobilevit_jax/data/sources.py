@@ -150,7 +150,7 @@ def folder(split: str, *, root: str, val_fraction: float = 0.1, seed: int = 0) -
     """
     _check_split(split)
     _check_fraction(val_fraction)
-    top = root.rstrip("/") if storage.is_remote(root) else str(Path(root).expanduser())
+    top = storage.directory(root)
     train, val = _layout(top)
     classes = _class_names(train, top)
     if val is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mobilevit_jax.data.record import DataError
+from mobilevit_jax.data.record import DataError, gist
 
 WAITS = (0.5, 2.0)  # seconds before the second and the third attempt
 
@@ -46,6 +46,11 @@ _lock = threading.Lock()  # taken to change that table, not to read from it
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL for fsspec, such as gs://bucket/folder."""
     return "://" in path
+
+
+def directory(root: str) -> str:
+    """A directory or URL that a user gave, as names are appended to it."""
+    return root.rstrip("/") if is_remote(root) else str(Path(root).expanduser())
 
 
 def read(path: str) -> bytes:
@@ -251,10 +256,10 @@ def _file_system(path: str) -> tuple[Any, str]:
         return fsspec.url_to_fs(path)  # which keeps one file system per address
     except ImportError as error:
         raise DataError(
-            f"cannot read {path}: {_line(error)}; type `pip install 'mobilevit_jax[remote]'`"
+            f"cannot read {path}: {gist(error)}; type `pip install 'mobilevit_jax[remote]'`"
         ) from error
     except ValueError as error:  # an unknown protocol, or a malformed address
-        raise DataError(f"cannot read {path}: {_line(error)}; use e.g. gs:// or s3://") from error
+        raise DataError(f"cannot read {path}: {gist(error)}; use e.g. gs:// or s3://") from error
 
 
 def _again(path: str, call: Callable[[], _Result]) -> _Result:
@@ -269,7 +274,7 @@ def _again(path: str, call: Callable[[], _Result]) -> _Result:
             _check_passing(path, error)
             if wait is None:
                 raise DataError(
-                    f"reading {path} failed three times: {_line(error)}; "
+                    f"reading {path} failed three times: {gist(error)}; "
                     f"check the {'network' if is_remote(path) else 'disk'} and start again"
                 ) from error
             time.sleep(wait)
@@ -291,7 +296,3 @@ def _check_passing(path: str, error: Exception) -> None:
         raise DataError(f"cannot read {path}: {what}; {mend}") from error
     if not isinstance(error, OSError) and not is_remote(path):
         raise error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import jax
 
+from mobilevit_jax.data import pipeline
+
 REQUIRED = (
     "jax",
     "jaxlib",
@@ -65,8 +67,7 @@ def examine() -> list[Finding]:
 
     kinds = ", ".join(f"{device.device_kind} ({device.platform})" for device in jax.devices())
     findings.append(Finding(True, "devices", f"{jax.device_count()}: {kinds}"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    findings.append(Finding(True, "cores", str(cores)))
+    findings.append(Finding(True, "cores", str(pipeline.cores())))
     findings.append(Finding(True, "huge pages", _huge_pages()))
 
     cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
