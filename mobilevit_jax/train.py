@@ -292,7 +292,8 @@ def train(
             _draw(workdir, run, evaluate.predictions(evaluator, state.variables("ema")))
         rows = report.read_metrics(workdir / "metrics.jsonl")
         last = next(row for row in reversed(rows) if run.best in row)
-        reporter.note(reporter.goodput()[1])
+        if start < run.total_steps:  # else this start had no step to take
+            reporter.note(reporter.goodput()[1])
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
         return {name: value for name, value in last.items() if name.startswith("val")}
 
