@@ -194,7 +194,7 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict()
     # Between two rows in metrics.jsonl.
     config.log.every = "50 steps"
-    # Besides metrics.jsonl: report.py:WRITERS.
+    # Besides metrics.jsonl: writers.py:WRITERS, such as ("tensorboard", "wandb", "mlflow").
     config.log.writers = ()
 
     config.checkpoint = ConfigDict()

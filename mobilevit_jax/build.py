@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict as Config
 
-from mobilevit_jax import optim, report, schedule, steps
+from mobilevit_jax import optim, schedule, steps, writers
 from mobilevit_jax.data import augment, multiscale, pipeline, sources, transforms
 from mobilevit_jax.data.record import Source
 from mobilevit_jax.models import zoo
@@ -385,9 +385,8 @@ def experiment(config: Config) -> Experiment:
         raise ConfigError(
             f"config.ema_decay is {config.ema_decay}; it must be at least 0 and below 1"
         )
-    for name in config.log.writers:
-        with _reading("log.writers"):
-            _choose(report.WRITERS, name)
+    with _reading("log.writers"):
+        writers.check(config.log.writers)
 
     train_source = source(config, "train")
     val_source = source(config, "val")

@@ -13,8 +13,8 @@ import functools
 import io
 import json
 import math
-import os
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +28,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mobilevit_jax.writers import WRITERS, replace_file
+
 if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.figure import Figure
@@ -37,34 +39,6 @@ ALL_CLASSES = 200  # draws every class up to here,
 MOST_CONFUSED = 30  # and only so many beyond
 THUMBNAIL = 96  # pixels on the short side that a sample sheet gives a picture at least
 PANEL = 192  # the same for overlays
-
-
-class TensorBoard:
-    """Event files under workdir/tensorboard, through tensorboardX, which needs no TensorFlow."""
-
-    def __init__(self, workdir: Path, start_step: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "config.log.writers: tensorboard needs tensorboardX: "
-                "pip install 'mobilevit_jax[log]'"
-            ) from error
-        # TensorBoard hides what earlier starts logged from purge_step on: those steps come again.
-        purge = start_step + 1 if start_step else 0
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one point for each value."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._writer.close()
-
-
-WRITERS = {"tensorboard": TensorBoard}
 
 
 class Report:
@@ -79,7 +53,8 @@ class Report:
         total_steps: length of the whole run.
         start_step: step of the checkpoint this start resumes from, else 0.
         images: how many have been seen after a step, over all hosts.
-        writers: names in WRITERS; ValueError if unknown or not installed.
+        writers: names in writers.WRITERS, which `writers.check` has passed.
+        config: what is trained, by dotted name, for the writers.
         elapsed: seconds trained before this start, from the checkpoint.
         console: where to print; by default standard output.
         clock: seconds, monotonic.
@@ -93,21 +68,16 @@ class Report:
         start_step: int,
         images: Callable[[int], int],
         writers: Sequence[str] = (),
+        config: Mapping[str, Any] = types.MappingProxyType({}),
         elapsed: float = 0.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        for name in writers:
-            if name not in WRITERS:
-                raise ValueError(
-                    f"config.log.writers: {name!r} is unknown; allowed: {', '.join(WRITERS)}"
-                )
         self._total, self._start, self._images = total_steps, start_step, images
-        self._writers = [WRITERS[name](workdir, start_step) for name in writers]
         path = workdir / "metrics.jsonl"
         rows = read_metrics(path) if start_step and path.exists() else []
         kept = "".join(map(_encode, (row for row in rows if row["step"] <= start_step)))
-        _replace(path, kept.encode())
+        replace_file(path, kept.encode())
         self._file = path.open("a", encoding="utf-8")
         self._clock, self._before, self._created = clock, elapsed, clock()
         self._loop_began: float | None = None  # the first wait for data; compiling comes before it
@@ -118,6 +88,9 @@ class Report:
         self._step, self._shown = start_step, ""
         self.console = console or Console()
         self._plain = not self.console.is_terminal or self.console.is_dumb_terminal
+        self._writers = [
+            WRITERS[name].open(workdir, start_step, config, self.note) for name in writers
+        ]
         self._live = Live(get_renderable=self._draw, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "Report":
@@ -125,15 +98,12 @@ class Report:
             self._live.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops the live line, which stays on the screen, and closes the files."""
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Stops the live line, which stays on the screen, and closes files and writers."""
         self._live.stop()
         self._file.close()
         for writer in self._writers:
-            writer.close()
+            writer.close(finished=kind is None)
 
     @property
     def elapsed(self) -> float:
@@ -418,7 +388,7 @@ def per_class_csv(
         hits, of = int(correct[i]), (count[i], guessed[i], (count[i] + guessed[i]) / 2)
         ratios = [f"{hits / n:.6f}" if n else "" for n in of]  # f1 is their harmonic mean
         table.writerow([name, count[i], hits, *ratios, *confused.get(i, ("", 0))])
-    _replace(path, text.getvalue().encode())
+    replace_file(path, text.getvalue().encode())
 
 
 def sample_sheet(
@@ -557,20 +527,6 @@ def _encode(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _duration(seconds: float) -> str:
     if math.isnan(seconds):
         return "-:--:--"
@@ -647,4 +603,4 @@ def _save(path: Path, figure: "Figure") -> None:
     data = io.BytesIO()
     with _missing_glyphs_ignored():
         figure.savefig(data, format="png")
-    _replace(path, data.getvalue())
+    replace_file(path, data.getvalue())

@@ -168,6 +168,7 @@ def train(
                 start_step=start,
                 images=run.shapes.position,
                 writers=run.writers,
+                config=tree.flatten_mapping(build.plain(config)),
                 elapsed=restored.meta["elapsed"] if restored else 0.0,
             )
         )
