@@ -56,6 +56,8 @@ class Experiment(NamedTuple):
     shapes: multiscale.Shapes
     tx: optim.Optimizer
     curve: schedule.Curve
+    # That the network computes in.
+    dtype: str
     seed: int
     accum: int
     accum_reduction: str
@@ -422,6 +424,7 @@ def experiment(config: Config) -> Experiment:
         shapes=step_shapes,
         tx=optim.head_only(tx) if config.freeze_backbone else tx,
         curve=curve,
+        dtype=config.dtype,
         seed=config.seed,
         accum=config.accum,
         accum_reduction=config.accum_reduction,

@@ -176,12 +176,20 @@ class Report:
         """Says that `step` steps are done; the live line reads it at its next refresh."""
         self._step = step
 
-    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+    def log(
+        self, step: int, values: Mapping[str, SupportsFloat], *, ideal: float | None = None
+    ) -> None:
         """Records `values` and the speed since the last `log`; call it when they are on the host.
 
         Adds time/img_per_s and time/wait_share, a fraction, which both leave pauses out, and
         time/goodput, the share of this start so far that went into steps. train/loss and
         train/learning_rate go on the progress line.
+
+        Args:
+            step: the last that the values are of.
+            values: by name.
+            ideal: seconds that the steps since the last `log` would have taken at the devices' peak
+                arithmetic, which gives time/mfu, the share of it that they reached; None for none.
         """
         now = self._clock()
         seconds = now - self._logged_at - self._paused
@@ -193,6 +201,8 @@ class Report:
             "time/wait_share": share,
             "time/goodput": self.goodput()[0],
         }
+        if ideal is not None:
+            times["time/mfu"] = ideal / seconds
         self.scalars(step, {**values, **times})
         self._logged_at, self._logged_step, self._waited, self._paused = now, step, 0.0, 0.0
         self._step = step

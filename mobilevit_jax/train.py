@@ -19,14 +19,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding
 
-from mobilevit_jax import build, checkpoint, evaluate, report, schedule, sharding, steps, tree
+from mobilevit_jax import (
+    build,
+    checkpoint,
+    devices,
+    evaluate,
+    programs,
+    report,
+    schedule,
+    sharding,
+    steps,
+    tree,
+)
 from mobilevit_jax.data import multiscale, pipeline, transforms
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tree import Tree
@@ -177,24 +188,7 @@ def train(
 
         # 6 Compile ahead of time.
         with reporter.pausing("compile"):
-            began = reporter.elapsed
-            programs = {
-                shape: _compile_train(run, shape, mesh, abstract_state)
-                for shape in run.shapes.table
-            }
-            evaluator = evaluate.make(
-                network,
-                abstract_state.variables("raw"),
-                run.val_source,
-                mesh=mesh,
-                **run.evaluation,
-            )
-            reporter.note(
-                "\n".join(
-                    [f"compiled in {reporter.elapsed - began:.1f} s"]
-                    + [_cost(shape, program) for shape, program in programs.items()]
-                )
-            )
+            compiled, evaluator, forecast = _compile(run, mesh, abstract_state, reporter)
 
         def evaluate_both() -> dict[str, float]:
             values = {
@@ -240,7 +234,7 @@ def train(
             )
         )
         pending: collections.deque[dict[str, jax.Array]] = collections.deque()
-        skipped = 0
+        skipped, flops = 0, 0.0
         trace = Trace(workdir, trace_steps)
         stack.callback(trace.close)
         if trace_steps and not start < trace_steps[0] <= run.total_steps:
@@ -252,8 +246,9 @@ def train(
                 batch = next(batches)
             if step == 1:
                 _sample_sheet(workdir, batch, network.class_names)
-            program = programs[run.shapes.at(step - 1)]
-            state, step_metrics = program(state, sharding.put_batch(batch, mesh))
+            shape = run.shapes.at(step - 1)
+            state, step_metrics = compiled[shape](state, sharding.put_batch(batch, mesh))
+            flops += forecast.flops[shape]
             pending.append(step_metrics)
             reading.append(batch)
             if len(pending) > 1:
@@ -274,7 +269,10 @@ def train(
                     pending, step, skipped=skipped, max_skipped=run.max_skipped, note=reporter.note
                 )
                 broken = {"data/broken": len(batches.corrupt)} if batches.corrupt else {}
-                reporter.log(step, values | broken)
+                memory = devices.memory()
+                used = {"device/memory_gib": memory.peak / 2**30} if memory else {}
+                reporter.log(step, values | broken | used, ideal=forecast.seconds(flops))
+                flops = 0.0
             if save_due:
                 with reporter.pausing("save"):
                     checkpoints.save(step, state, {"elapsed": reporter.elapsed})
@@ -295,6 +293,11 @@ def train(
         last = next(row for row in reversed(rows) if run.best in row)
         if start < run.total_steps:  # else this start had no step to take
             reporter.note(reporter.goodput()[1])
+            if memory := devices.memory():
+                reporter.note(
+                    f"peak memory {memory.peak / 2**20:,.0f} MiB a device "
+                    f"(predicted {forecast.bytes / 2**20:,.0f})"
+                )
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
         return {name: value for name, value in last.items() if name.startswith("val")}
 
@@ -347,26 +350,81 @@ def bound_step(run: build.Experiment) -> Callable[..., Any]:
     )
 
 
-def _compile_train(
-    run: build.Experiment, shape: multiscale.Shape, mesh: Mesh, abstract_state: steps.TrainState
-) -> Any:
-    size = shape.height, shape.width
-    batch = sharding.abstract_batch(mesh, batch_size=shape.batch_size, size=size)
-    program = jax.jit(bound_step(run), donate_argnums=0, out_shardings=sharding.replicated(mesh))
-    return program.lower(abstract_state, batch).compile()
+class Forecast(NamedTuple):
+    """What the compiled programs of a run will take of each device.
+
+    Attributes:
+        flops: of a step, by its shape.
+        peak_flops: of the device, a second; None where it is not known.
+        bytes: most memory at a time, as far as it can be foreseen.
+    """
+
+    flops: dict[multiscale.Shape, float]
+    peak_flops: float | None
+    bytes: int
+
+    def seconds(self, flops: float) -> float | None:
+        """How long a device at its peak would take for so many."""
+        return flops / self.peak_flops if self.peak_flops else None
 
 
-def _cost(shape: multiscale.Shape, program: Any) -> str:
-    """Arithmetic and memory of a compiled train step, as the compiler counts them."""
-    parts = [f"{shape.batch_size} images of {shape.height}x{shape.width} a step"]
-    cost = program.cost_analysis() or {}
-    if cost.get("flops", 0) > 0:
-        parts.append(f"{cost['flops'] / 1e9:.1f} GFLOP")
-    memory = program.memory_analysis()
-    if memory is not None:
-        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        parts.append(f"{held / 2**20:.0f} MiB on a device")
-    return ", ".join(parts)
+def _compile(
+    run: build.Experiment, mesh: Mesh, abstract_state: steps.TrainState, reporter: report.Report
+) -> tuple[dict[multiscale.Shape, Any], evaluate.Evaluator, Forecast]:
+    """The programs of all shapes and of evaluation; tells of each, and of what they will take."""
+    table, began = run.shapes.table, reporter.elapsed
+    variables = abstract_state.variables("raw")
+    train_step = jax.jit(bound_step(run), donate_argnums=0, out_shardings=sharding.replicated(mesh))
+
+    def compile_step(shape: multiscale.Shape) -> Any:
+        size = shape.height, shape.width
+        batch = sharding.abstract_batch(mesh, batch_size=shape.batch_size, size=size)
+        return train_step.lower(abstract_state, batch).compile()
+
+    reporter.note(programs.sizes(run.shapes))
+    jobs: list[Callable[[], Any]] = [functools.partial(compile_step, shape) for shape in table]
+    jobs.append(
+        functools.partial(
+            evaluate.make, run.network, variables, run.val_source, mesh=mesh, **run.evaluation
+        )
+    )
+    results: dict[int, Any] = {}
+    costs: dict[int, programs.Cost] = {}
+    # XLA's compiler for CPUs is parallel by itself; two at a time take longer than one by one.
+    threads = 1 if jax.default_backend() == "cpu" else pipeline.cores()
+    for index, result in programs.compile_all(jobs, threads=threads):
+        results[index] = result
+        if index < len(table):
+            name = (
+                f"{table[index].batch_size:,} images of {table[index].height}x{table[index].width}"
+            )
+            costs[index] = programs.cost(result, loops=run.accum)
+        else:
+            name, costs[index] = "evaluation", programs.cost(result.program)
+        reporter.note(
+            f"compiled {len(results)}/{len(jobs)}: {name}, {reporter.elapsed - began:.1f} s; "
+            f"{costs[index].flops / 1e9:,.2f} GFLOP on a device"
+        )
+    *compiled, evaluator = (results[i] for i in range(len(jobs)))
+    *train_costs, evaluation_cost = (costs[i] for i in range(len(jobs)))
+    forecast = Forecast(
+        flops={shape: cost.flops for shape, cost in zip(table, train_costs, strict=True)},
+        peak_flops=devices.peak_flops(jax.devices()[0].device_kind, run.dtype),
+        bytes=programs.predicted_peak(
+            train_costs,
+            evaluation_cost,
+            state_bytes=programs.device_bytes(abstract_state),
+            variables_bytes=programs.device_bytes(variables),
+        ),
+    )
+    reporter.note(f"predicted peak memory {forecast.bytes / 2**20:,.0f} MiB a device")
+    memory = devices.memory()
+    if memory is not None and forecast.bytes > memory.limit:
+        reporter.note(
+            f"warning: a device has only {memory.limit / 2**20:,.0f} MiB; raise config.accum, "
+            "lower config.batch_size or set config.model.remat"
+        )
+    return dict(zip(table, compiled, strict=True)), evaluator, forecast
 
 
 def _fetch(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import launch
-from mobilevit_jax import checkpoint, optim, schedule, steps
+from mobilevit_jax import checkpoint, devices, optim, schedule, steps
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=tests/tiny.py"
@@ -126,6 +127,23 @@ def test_a_finished_run_is_not_trained_again(copied, capsys):
     np.testing.assert_equal(before, after)
     assert f"resuming after step {STEPS}" in capsys.readouterr().out
     assert [row["step"] for row in rows(copied) if "val/loss" in row] == [0, 4, 8]
+
+
+def test_memory_and_mfu_are_logged_where_the_device_is_known(copied, capsys, monkeypatch):
+    shutil.rmtree(copied / "checkpoints" / "8")
+    monkeypatch.setattr(devices, "memory", lambda: devices.Memory(peak=2**30, limit=2**20))
+    monkeypatch.setattr(devices, "peak_flops", lambda kind, dtype: {"float32": 1e12}[dtype])
+    assert launch.main(["train", CONFIG, f"--workdir={copied}"]) == 0
+    said = capsys.readouterr().out
+    flops = float(re.search(r"compiled \d/2: 16 images of 16x16, .* s; ([\d.]+) GFLOP", said)[1])
+    before, after = [row for row in rows(copied) if "train/loss" in row][-2:]
+    assert not [name for name in before if "mfu" in name or "memory" in name]  # the CPU's own
+    assert after["device/memory_gib"] == 1.0
+    seconds = 2 * 16 / after["time/img_per_s"]
+    assert after["time/mfu"] == pytest.approx(2 * 1e9 * flops / 1e12 / seconds, rel=0.01 / flops)
+    (predicted,) = re.findall(r"predicted peak memory (\d+) MiB a device", said)
+    assert f"peak memory 1,024 MiB a device (predicted {predicted})" in said
+    assert "warning: a device has only 1 MiB; raise config.accum, lower config.batch_size" in said
 
 
 def test_a_run_begins_with_the_weights_of_another(trained, tmp_path, capsys):

@@ -115,6 +115,20 @@ def test_eta_after_a_resume_counts_only_the_steps_of_this_start(tmp_path):
     assert (row["images"], row["time"]) == (95 * 32, 43200)
 
 
+def test_mfu_is_the_ideal_time_over_that_of_the_steps_without_pauses(tmp_path):
+    clock = Clock()
+    with make(tmp_path, clock) as run:
+        train(run, clock, range(1, 11))  # 10 s
+        with run.pausing("evaluate"):
+            clock.now += 30
+        run.log(10, {}, ideal=4.0)
+        train(run, clock, range(11, 16))
+        run.log(15, {})
+    first, second = strict_rows(tmp_path / "metrics.jsonl")
+    assert first["time/mfu"] == 0.4
+    assert "time/mfu" not in second
+
+
 def test_logging_twice_at_one_moment_gives_no_speed_rather_than_an_error(tmp_path):
     clock = Clock()
     with make(tmp_path, clock) as run:

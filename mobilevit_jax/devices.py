@@ -1,0 +1,79 @@
+"""What the accelerators can do, and how much of their memory is in use.
+
+A device that is not in PEAKS has no known peak, and a run on it logs no time/mfu: add a row.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Peak(NamedTuple):
+    """Dense arithmetic of one jax device, TFLOP/s, by the dtype that a network computes in.
+
+    float32 is as jax multiplies by default: TensorFloat-32 on GPUs that have it, one pass of
+    bfloat16 on TPUs. Half precision accumulates in float32. None where the hardware has it not.
+    """
+
+    bfloat16: float | None
+    float16: float | None
+    float32: float | None
+
+
+_A100 = Peak(312, 312, 156)
+_TPU_V5E, _TPU_V5P, _TPU_V6E = Peak(197, None, 197), Peak(459, None, 459), Peak(918, None, 918)
+
+# By jax's device_kind. Makers' tables often give twice as much, for matrices half of zeros.
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": _A100,  # A100 data sheet
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA H100 80GB HBM3": Peak(989.4, 989.4, 494.7),  # H100 architecture white paper, table 2
+    "NVIDIA H100 PCIe": Peak(756, 756, 378),
+    "NVIDIA H100 NVL": Peak(835.5, 835.5, 417.5),  # H100 data sheet
+    "NVIDIA H200": Peak(989.4, 989.4, 494.7),  # H200 data sheet
+    "NVIDIA H200 NVL": Peak(835.5, 835.5, 417.5),
+    "NVIDIA L4": Peak(121, 121, 60),  # L4 data sheet
+    "Tesla T4": Peak(None, 65, 8.1),  # T4 data sheet
+    "NVIDIA GeForce RTX 4090": Peak(165.2, 165.2, 82.6),  # Ada architecture white paper, appendix A
+    # cloud.google.com/tpu/docs/system-architecture. Of v2 and v3 each of a chip's two cores is a
+    # device, of later ones a chip is. XLA calls v5e "v5 lite", v5p "v5" and v6e "v6 lite".
+    "TPU v2": Peak(22.5, None, 22.5),
+    "TPU v3": Peak(61.5, None, 61.5),
+    "TPU v4": Peak(275, None, 275),
+    "TPU v5 lite": _TPU_V5E,
+    "TPU v5e": _TPU_V5E,
+    "TPU v5": _TPU_V5P,
+    "TPU v5p": _TPU_V5P,
+    "TPU v6 lite": _TPU_V6E,
+    "TPU v6e": _TPU_V6E,
+}
+
+
+def peak_flops(kind: str, dtype: str) -> float | None:
+    """FLOP/s of a device of this `device_kind`, or None where they are not known.
+
+    Args:
+        kind: jax's device_kind.
+        dtype: that the network computes in: bfloat16, float16 or float32.
+    """
+    if kind not in PEAKS:
+        return None
+    tera = PEAKS[kind]._asdict()[dtype]
+    return None if tera is None else 1e12 * tera
+
+
+class Memory(NamedTuple):
+    """Bytes of the first device of this process: the most in use so far, and all it has."""
+
+    peak: int
+    limit: int
+
+
+def memory() -> Memory | None:
+    """None where the backend does not count: the CPU's does not."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is None:
+        return None
+    return Memory(stats["peak_bytes_in_use"], stats["bytes_limit"])

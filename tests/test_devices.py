@@ -1,0 +1,44 @@
+"""The table of peaks, by the names that jax gives devices."""
+
+import types
+
+import jax
+import pytest
+
+from mobilevit_jax import devices
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "float32", 494.7),
+        ("NVIDIA A100-SXM4-80GB", "float16", 312.0),
+        ("TPU v5 lite", "bfloat16", 197.0),
+        ("TPU v4", "float32", 275.0),
+        ("Tesla T4", "float16", 65.0),
+    ],
+)
+def test_peaks(kind, dtype, tera):
+    assert devices.peak_flops(kind, dtype) == tera * 1e12
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("cpu", "float32"),
+        ("Tesla T4", "bfloat16"),
+        ("TPU v4 lite", "bfloat16"),  # another chip than v4
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16"),  # a seventh of one
+    ],
+)
+def test_what_has_no_known_peak(kind, dtype):
+    assert devices.peak_flops(kind, dtype) is None
+
+
+def test_memory_is_counted_where_the_backend_counts_it(monkeypatch):
+    assert devices.memory() is None  # on CPU
+    stats = {"bytes_in_use": 3, "peak_bytes_in_use": 5, "bytes_limit": 9}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert devices.memory() == devices.Memory(peak=5, limit=9)
