@@ -8,7 +8,6 @@ the host runs a step ahead, so it delays a device only where it is longer than a
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -17,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -77,23 +76,6 @@ class Spent:
         return call
 
 
-@contextlib.contextmanager
-def measured(spent: Spent) -> Iterator[None]:
-    """Puts clocks around what the loop calls."""
-    compile_all = train._compile
-
-    def compile_with_clocks(*args: Any) -> Any:
-        compiled, *rest = compile_all(*args)
-        return {shape: spent.step(program) for shape, program in compiled.items()}, *rest
-
-    save = spent.save(checkpoint.Checkpoints.save)
-    with (
-        mock.patch.object(train, "_compile", compile_with_clocks),
-        mock.patch.object(checkpoint.Checkpoints, "save", save),
-    ):
-        yield
-
-
 def run(steps: int, workdir: Path) -> dict[str, Any]:
     """Trains for so many steps, with a save every fifth of them; what the loop cost."""
     config = quickstart.get_config()
@@ -104,8 +86,17 @@ def run(steps: int, workdir: Path) -> dict[str, Any]:
     config.log.every = "50 steps"
     config.checkpoint.every = f"{steps // 5} steps"
     config.eval.every = config.duration
-    spent = Spent()
-    with measured(spent):
+    spent, compile_all = Spent(), train._compile
+
+    def compile_with_clocks(*args: Any) -> Any:
+        compiled, *rest = compile_all(*args)
+        return {shape: spent.step(program) for shape, program in compiled.items()}, *rest
+
+    save = spent.save(checkpoint.Checkpoints.save)
+    with (
+        mock.patch.object(train, "_compile", compile_with_clocks),
+        mock.patch.object(checkpoint.Checkpoints, "save", save),
+    ):
         train.train(config, workdir, command=" ".join(sys.argv), load=lambda reference: {})
     counted = [
         (1000 * step.between, 1000 * step.dispatch)
