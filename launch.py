@@ -34,6 +34,8 @@ import pathlib
 import re
 import resource
 import shlex
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -82,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_span,
         metavar="FIRST:LAST",
         help="record these steps, for ui.perfetto.dev and XProf",
+    )
+    train.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="try everything but the data: two steps on made-up images, of which nothing is kept",
     )
     train.add_argument(
         "--print_config", action="store_true", help="print the resolved config and stop"
@@ -160,6 +167,16 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best, a step"
         )
+
+    for verb in (train, evaluate):
+        together = verb.add_argument_group(
+            "several processes",
+            "Started by Slurm's srun, Open MPI's mpirun, on Cloud TPU or GKE, they find one "
+            "another; elsewhere give each of them all three:",
+        )
+        together.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+        together.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+        together.add_argument("--process_id", type=int, metavar="I", help="this one, from 0")
 
     verbs.add_parser("doctor", help="say what is installed and what is missing")
     return parser
@@ -394,17 +411,30 @@ def _train(args: argparse.Namespace, config: "ConfigDict", command: str) -> None
 
         print(build.to_json(config))
         return
+    if args.dry_run:
+        # What is on trial is a fresh start, whatever is in the workdir.
+        with tempfile.TemporaryDirectory(prefix="dry_run_") as workdir:
+            _train_in(pathlib.Path(workdir), args, config, command)
+        print("dry run: two steps, a save and an evaluation went well; nothing is kept")
+        return
     if args.workdir is None:
         raise UsageError("--workdir=DIR is missing: where the run is to be kept")
+    _train_in(args.workdir, args, config, command)
+
+
+def _train_in(
+    workdir: pathlib.Path, args: argparse.Namespace, config: "ConfigDict", command: str
+) -> None:
     from mobilevit_jax import build, train
     from mobilevit_jax.tools import pretrained
 
     train.train(
-        build.resolve(config, pretrained.describe, workdir=args.workdir),
-        args.workdir,
+        build.resolve(config, pretrained.describe, workdir=workdir),
+        workdir,
         command=command,
         load=lambda reference: pretrained.read(reference).pretrained.variables,
         trace_steps=args.profile,
+        dry_run=args.dry_run,
     )
 
 
@@ -704,6 +734,14 @@ def _run(argv: Sequence[str]) -> int:
     if config_arguments and args.verb not in ("train", "eval", "data"):
         raise UsageError(f"{args.verb} takes no {config_arguments[0].partition('=')[0]}")
     _prepare_environment()
+    if args.verb in ("train", "eval"):
+        from mobilevit_jax import processes
+
+        processes.join(
+            coordinator=args.coordinator, count=args.num_processes, index=args.process_id
+        )
+        if processes.joined() and not processes.is_lead():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the lead says it
     if args.verb == "train":
         config = _load_config(config_arguments)
         _train(args, config, shlex.join(["python", "launch.py", *argv]))
@@ -738,16 +776,40 @@ def main(argv: Sequence[str]) -> int:
             return _fail(error, _status(error))
 
 
+def _leave(argv: Sequence[str]) -> int:
+    """Runs one command, and ends the process at once where it alone of several has failed."""
+    status = 1
+    try:
+        status = main(argv)
+    except Exception:
+        if not _joined():
+            raise
+        traceback.print_exc()
+        again = "another process may say why; run the same command in all of them again"
+        print(f"launch.py: this process cannot go on; {again}", file=sys.stderr)
+    if status not in (0, 143) and _joined():
+        # An orderly exit would wait for the others, which wait for this one.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _joined() -> bool:
+    processes = sys.modules.get("mobilevit_jax.processes")
+    return processes is not None and processes.joined()
+
+
 def _status(error: Exception) -> int:
     """The exit status of an error that a user can mend; any other is raised again."""
     from mobilevit_jax.data import record
 
     if isinstance(error, record.DataError):  # by itself: the imports below take seconds
         return 3
-    from mobilevit_jax import build, checkpoint, train
+    from mobilevit_jax import build, checkpoint, processes, train
 
     statuses = {
         build.ConfigError: 2,
+        processes.JoinError: 2,
         checkpoint.MismatchError: 2,
         checkpoint.CheckpointError: 3,
         train.NonFiniteError: 4,
@@ -779,4 +841,4 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 if __name__ == "__main__":
     sys.unraisablehook = _report_unraisable
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_leave(sys.argv[1:]))

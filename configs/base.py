@@ -153,6 +153,15 @@ def get_config() -> ConfigDict:
     # Batches made ahead.
     config.loader.prefetch = 2
 
+    # How the devices of all processes share the work.
+    config.mesh = ConfigDict()
+    # Devices that divide each parameter, its moments and its averages among them, which saves
+    # memory; the batch is divided among all devices in any case. 1 keeps everything on each.
+    config.mesh.fsdp = 1
+    # Which axis of an array is divided: (pattern of its path, a number | "largest" | "none"). The
+    # first pattern that is found counts; paths end like those in a run's parameters.txt.
+    config.mesh.rules = (("", "largest"),)
+
     # Optimiser: optim.py:OPTIMIZERS and the arguments of its function.
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"
@@ -196,6 +205,12 @@ def get_config() -> ConfigDict:
     config.log.every = "50 steps"
     # Besides metrics.jsonl: writers.py:WRITERS, such as ("tensorboard", "wandb", "mlflow").
     config.log.writers = ()
+
+    # What launch.py train --dry_run takes for granted of images that are not at hand: ImageNet-1k.
+    config.dry_run = ConfigDict()
+    config.dry_run.classes = 1000
+    config.dry_run.train = 1_281_167
+    config.dry_run.val = 50_000
 
     config.checkpoint = ConfigDict()
     # Between two saves; always after the last step.

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
-from mobilevit_jax import optim, schedule, steps, writers
+from mobilevit_jax import optim, schedule, sharding, steps, writers
 from mobilevit_jax.data import augment, multiscale, pipeline, sources, transforms
-from mobilevit_jax.data.record import Source
+from mobilevit_jax.data.record import DataError, Source
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tasks.task import Task
@@ -70,6 +71,9 @@ class Experiment(NamedTuple):
     evaluation: dict[str, Any]
     workers: pipeline.Workers
     max_corrupt: float
+    mesh: Mesh
+    # Where on it the arrays of the state lie (sharding.by_rules).
+    mesh_rules: sharding.Rules
     total_steps: int
     eval_every: int
     log_every: int
@@ -331,6 +335,26 @@ def _shared(batch_size: int, key: str) -> int:
     return batch_size
 
 
+def mesh(config: Config) -> Mesh:
+    """The devices, as the config groups them.
+
+    Raises:
+        ConfigError: they cannot be.
+    """
+    with _reading("mesh.fsdp"):
+        return sharding.make_mesh(config.mesh.fsdp)
+
+
+def placed(abstract_state: steps.TrainState, run: Experiment) -> steps.TrainState:
+    """The shapes of a run's state, with the sharding of each.
+
+    Raises:
+        ConfigError: a rule of config.mesh.rules that cannot be followed.
+    """
+    with _reading("mesh.rules"):
+        return sharding.by_rules(abstract_state, run.mesh, run.mesh_rules)
+
+
 def _share(key: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise ConfigError(f"config.{key} is {value}; it is a share, from 0 to 1")
@@ -370,8 +394,23 @@ def _batch_norm_momentum(
     return None if final == schedule.BATCH_NORM_MOMENTUM else curve
 
 
-def experiment(config: Config) -> Experiment:
+def _made_up(config: Config, split: str) -> Source:
+    """A source like that of the config, where it is at hand, but without its images."""
+    try:
+        real = source(config, split)
+        return sources.made_up(real.class_names, len(real))
+    except DataError:
+        assumed = config.dry_run
+        names = tuple(f"class {i}" for i in range(assumed.classes))
+        return sources.made_up(names, assumed.train if split == "train" else assumed.val)
+
+
+def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
     """Builds all of a training run except its state.
+
+    Args:
+        config: of the run.
+        dry_run: builds the first two steps of it, on made-up images, and a short evaluation.
 
     Raises:
         ConfigError: the config names something unknown or out of range.
@@ -390,8 +429,9 @@ def experiment(config: Config) -> Experiment:
     with _reading("log.writers"):
         writers.check(config.log.writers)
 
-    train_source = source(config, "train")
-    val_source = source(config, "val")
+    open_split = _made_up if dry_run else source
+    train_source = open_split(config, "train")
+    val_source = open_split(config, "val")
 
     def in_steps(key: str, text: str) -> int:
         with _reading(key):
@@ -416,7 +456,7 @@ def experiment(config: Config) -> Experiment:
     tx = _call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve)
     with _reading("optimizer"):
         tx = optim.layerwise(tx, layer_decay=layer_decay)
-    return Experiment(
+    run = Experiment(
         network=network(config, train_source.class_names),
         train_source=train_source,
         val_source=val_source,
@@ -436,6 +476,8 @@ def experiment(config: Config) -> Experiment:
         evaluation=evaluation(config),
         workers=workers(config),
         max_corrupt=_share("max_corrupt", config.max_corrupt),
+        mesh=mesh(config),
+        mesh_rules=plain(config.mesh.rules),
         total_steps=total_steps,
         eval_every=in_steps("eval.every", config.eval.every),
         log_every=in_steps("log.every", config.log.every),
@@ -444,3 +486,11 @@ def experiment(config: Config) -> Experiment:
         best=config.checkpoint.best,
         writers=tuple(config.log.writers),
     )
+    return _shortened(run) if dry_run else run
+
+
+def _shortened(run: Experiment) -> Experiment:
+    total = min(2, run.total_steps)
+    val_source = sources.made_up(run.network.class_names, run.evaluation["batch_size"])
+    every = {"eval_every": total, "log_every": 1, "save_every": total}
+    return run._replace(total_steps=total, val_source=val_source, writers=(), **every)

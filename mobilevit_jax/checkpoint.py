@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mobilevit_jax import tree
+from mobilevit_jax import processes, tree
 from mobilevit_jax.tree import Tree
 
 Meta = dict[str, Any]
@@ -46,14 +46,29 @@ def _manager(directory: pathlib.Path, keep: int) -> ocp.CheckpointManager:
         max_to_keep=keep,
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
+        # Both directories may save the same step at a time, and the processes wait for one another
+        # by names that hold the step alone.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=directory.name
+        ),
     )
     # Orbax accepts a relative directory and then fails at the first save.
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+def _here() -> ocp.options.MultiprocessingOptions:
+    """For reading in this process, whatever the others of the run do."""
+    me, _ = processes.place()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
+def _state_reader() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_here())
+
+
 def _shapes(directory: pathlib.Path) -> Tree:
     """Names, shapes and dtypes of a stored state, without reading the arrays."""
-    with ocp.PyTreeCheckpointer() as reader:
+    with _state_reader() as reader:
         stored = reader.metadata(directory / "state").item_metadata.tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
@@ -89,7 +104,7 @@ class Checkpoints:
     """The checkpoints of one run, for the training loop; tools use `read`."""
 
     def __init__(self, workdir: pathlib.Path, *, keep: int, note: Callable[[str], None]) -> None:
-        """Opens (and where needed makes) the directories.
+        """Opens (and where needed makes) the directories; all processes of a run do.
 
         Args:
             workdir: of the run.
@@ -155,19 +170,29 @@ class Checkpoints:
             MismatchError: the checkpoint is of another model, class count or optimiser.
             CheckpointError: there are checkpoints and none of them can be read.
         """
-        steps = sorted(self._newest.all_steps(), reverse=True)
+        step = processes.by_lead(lambda: self._newest_readable(abstract_state))
+        self._newest.reload()
+        if step is None:
+            return None
+        restored = self._newest.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+            ),
+        )
+        return Restored(step, restored["state"], restored["meta"])
+
+    def _newest_readable(self, abstract_state: Tree) -> int | None:
+        """The newest step that can be read, after setting aside those that cannot."""
+        directory = self._workdir / NEWEST
+        steps = complete_steps(directory)[::-1]
         broken: list[tuple[pathlib.Path, Exception]] = []
         for step in steps:
-            where = self._workdir / NEWEST / str(step)
+            where = directory / str(step)
             try:
                 check_matches(_as_dicts(abstract_state), _shapes(where), where=where)
-                restored = self._newest.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state),
-                        meta=ocp.args.JsonRestore(),
-                    ),
-                )
+                # All of it, because a process that fails alone would leave the others waiting.
+                _read_step(directory, step)
             except MismatchError:
                 raise
             except Exception as error:  # whatever Orbax and its file formats raise on bad bytes
@@ -175,27 +200,30 @@ class Checkpoints:
             else:
                 for path, reason in broken:
                     self._set_aside(path, reason)
-                return Restored(step, restored["state"], restored["meta"])
+                return step
         if not steps:
             return None
         reasons = "\n".join(f"  {path}: {_first_line(error)}" for path, error in broken)
         raise CheckpointError(
             f"none of the checkpoints can be read:\n{reasons}\n"
-            f"Nothing was changed. To begin anew, move {self._workdir / NEWEST} away."
+            f"Nothing was changed. To begin anew, move {directory} away."
         )
 
     def best_metric(self) -> float | None:
         """The metric of the best checkpoint; None where there is none that can be read."""
-        step = self._best.latest_step()
-        if step is None:
+        best = processes.by_lead(self._best_metric)
+        self._best.reload()
+        return best
+
+    def _best_metric(self) -> float | None:
+        steps = complete_steps(self._workdir / BEST)
+        if not steps:
             return None
+        where = self._workdir / BEST / str(steps[-1])
         try:
-            meta = self._best.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-                "meta"
-            ]
-            return float(meta["best"])
+            return float(_read_meta(where)["best"])
         except Exception as error:
-            self._set_aside(self._workdir / BEST / str(step), error)
+            self._set_aside(where, error)
             return None
 
     def _set_aside(self, where: pathlib.Path, error: Exception) -> None:
@@ -205,8 +233,6 @@ class Checkpoints:
         target = self._workdir / UNREADABLE / f"{where.parent.name}-{where.name}-{now}"
         target.parent.mkdir(exist_ok=True)
         where.rename(target)
-        self._newest.reload()
-        self._best.reload()
         self._note(
             f"checkpoint {where} cannot be read ({_first_line(error)}); moved it to {target} and "
             "went back to the one before"
@@ -324,11 +350,15 @@ def _read_one(directory: pathlib.Path, step: int) -> Restored:
 
 def _read_step(directory: pathlib.Path, step: int) -> Restored:
     path = directory / str(step)
-    with ocp.PyTreeCheckpointer() as reader:
+    with _state_reader() as reader:
         stored = reader.metadata(path / "state").item_metadata.tree
         # Numpy, because the devices that wrote it need not exist here.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
         state = reader.restore(path / "state", restore_args=as_numpy)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(path / "meta")
-    return Restored(step, state, meta)
+    return Restored(step, state, _read_meta(path))
+
+
+def _read_meta(step_directory: pathlib.Path) -> Meta:
+    reader = ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_here())
+    with reader:
+        return reader.restore(step_directory / "meta")

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from mobilevit_jax import build, sharding, steps
+from mobilevit_jax import build, processes, sharding, steps
 from mobilevit_jax.data import imagenet_sets, pipeline, transforms
 from mobilevit_jax.data.record import Source
 from mobilevit_jax.tasks import scores
@@ -60,7 +60,7 @@ def make(
 
     Args:
         network: to evaluate.
-        variables: its variables, or their shapes and shardings.
+        variables: its variables, or their shapes.
         source: the split.
         batch_size: images at a time, over all devices and hosts; any size counts every image once.
         workers: who loads the images.
@@ -78,7 +78,9 @@ def make(
     )
     program = jax.jit(step, out_shardings=(everywhere, sharding.split_batch(mesh)))
     return Evaluator(
-        program=program.lower(variables, totals, batch).compile(),
+        program=program.lower(
+            sharding.abstract_like(variables, everywhere), totals, batch
+        ).compile(),
         totals=jax.device_put(
             jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), totals), everywhere
         ),
@@ -91,6 +93,11 @@ def make(
     )
 
 
+def _whole(evaluator: Evaluator, variables: Tree) -> Tree:
+    """The variables on every device; training may have divided them."""
+    return jax.device_put(variables, sharding.replicated(evaluator.mesh))
+
+
 def _batches(evaluator: Evaluator) -> pipeline.Batches:
     return pipeline.eval_batches(
         evaluator.source,
@@ -99,13 +106,14 @@ def _batches(evaluator: Evaluator) -> pipeline.Batches:
         batch_size=evaluator.batch_size,
         workers=evaluator.workers,
         max_corrupt=evaluator.max_corrupt,
-        host=(jax.process_index(), jax.process_count()),
+        host=processes.place(),
     )
 
 
 def metrics(evaluator: Evaluator, variables: Tree) -> dict[str, float]:
-    """Metrics of the split for these variables, which lie on the mesh."""
+    """Metrics of the split for these variables."""
     totals = evaluator.totals
+    variables = _whole(evaluator, variables)
     with _batches(evaluator) as batches:
         for batch in batches:
             totals, _ = evaluator.program(
@@ -118,21 +126,26 @@ def metrics(evaluator: Evaluator, variables: Tree) -> dict[str, float]:
 
 
 def predictions(evaluator: Evaluator, variables: Tree) -> Predictions:
-    """What the network says of each example; the variables lie on the mesh."""
+    """What the network says of each example."""
     columns: list[tuple[np.ndarray, ...]] = []
+    variables = _whole(evaluator, variables)
+    rows_here = evaluator.batch_size // jax.process_count()
     with _batches(evaluator) as batches:
         for batch in batches:
             _, outputs = evaluator.program(
                 variables, evaluator.totals, sharding.put_batch(batch, evaluator.mesh)
             )
-            probability = jax.device_get(outputs["probability"])  # b k
-            label, rows = batch["label"], np.arange(len(probability))
-            index = len(columns) * evaluator.batch_size + rows
+            # Of this process's rows, which are side by side.
+            probability = sharding.local_rows(outputs["probability"])  # b k
+            label, rows = batch["label"], np.arange(rows_here)
+            first = len(columns) * evaluator.batch_size + processes.place()[0] * rows_here
             predicted = probability.argmax(axis=-1)
-            each = (index, label, predicted, probability[rows, predicted], probability[rows, label])
-            columns.append(tuple(column[batch["mask"]] for column in each))
+            chances = probability[rows, predicted], probability[rows, label]
+            columns.append((first + rows, label, predicted, *chances, batch["mask"]))
             batches.recycle(batch)
-    return Predictions(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    *each, mask = (processes.gather(np.concatenate(part)) for part in zip(*columns, strict=True))
+    order = np.argsort(each[0])[mask[np.argsort(each[0])]]
+    return Predictions(*(column[order] for column in each))
 
 
 def evaluate(
@@ -242,19 +255,15 @@ def _all_metrics(
 ) -> dict[str, float]:
     """Metrics of all weights, under `name` in the place of "val"."""
     mesh = sharding.make_mesh()
-    placed = {
-        which: jax.device_put(variables, sharding.replicated(mesh))
-        for which, variables in weights.items()
-    }
     evaluator = make(
         network,
-        next(iter(placed.values())),
+        next(iter(weights.values())),
         source,
         mesh=mesh,
         **build.evaluation(config),
     )
     return {
         f"{SCOPES[which].replace('val', name, 1)}/{metric}": value
-        for which, variables in placed.items()
+        for which, variables in weights.items()
         for metric, value in metrics(evaluator, variables).items()
     }

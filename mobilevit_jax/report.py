@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import math
+import os
 import time
 import types
 import warnings
@@ -48,8 +49,9 @@ class Report:
     of metrics.jsonl holds step, images (seen), time (seconds, earlier starts included) and values.
 
     Args:
-        workdir: made if missing. Rows of its metrics.jsonl after `start_step` are dropped, as those
-            steps are taken again; at 0 all are, as the first evaluation is repeated too.
+        workdir: rows of its metrics.jsonl after `start_step` are dropped, as those steps are taken
+            again; at 0 all are, as the first evaluation is repeated too. None writes nothing, as in
+            all processes of a run but one.
         total_steps: length of the whole run.
         start_step: step of the checkpoint this start resumes from, else 0.
         images: how many have been seen after a step, over all hosts.
@@ -62,7 +64,7 @@ class Report:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: Path | None,
         *,
         total_steps: int,
         start_step: int,
@@ -74,10 +76,12 @@ class Report:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._start, self._images = total_steps, start_step, images
-        path = workdir / "metrics.jsonl"
-        rows = read_metrics(path) if start_step and path.exists() else []
-        kept = "".join(map(_encode, (row for row in rows if row["step"] <= start_step)))
-        replace_file(path, kept.encode())
+        path = Path(os.devnull)
+        if workdir is not None:
+            path = workdir / "metrics.jsonl"
+            rows = read_metrics(path) if start_step and path.exists() else []
+            kept = "".join(map(_encode, (row for row in rows if row["step"] <= start_step)))
+            replace_file(path, kept.encode())
         self._file = path.open("a", encoding="utf-8")
         self._clock, self._before, self._created = clock, elapsed, clock()
         self._loop_began: float | None = None  # the first wait for data; compiling comes before it
@@ -88,9 +92,11 @@ class Report:
         self._step, self._shown = start_step, ""
         self.console = console or Console()
         self._plain = not self.console.is_terminal or self.console.is_dumb_terminal
-        self._writers = [
-            WRITERS[name].open(workdir, start_step, config, self.note) for name in writers
-        ]
+        self._writers = []
+        if workdir is not None:
+            self._writers = [
+                WRITERS[name].open(workdir, start_step, config, self.note) for name in writers
+            ]
         self._live = Live(get_renderable=self._draw, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "Report":

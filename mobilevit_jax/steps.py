@@ -122,6 +122,7 @@ def train_step(
     accum_reduction: str = "mean",
     batch_norm_momentum: Curve | None = None,
     skip_non_finite: bool = False,
+    gather: Callable[[Tree], Tree] | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step on one batch.
 
@@ -145,6 +146,8 @@ def train_step(
             what the network does by itself.
         skip_non_finite: where the loss or the gradient is no number, all but the number of the step
             stays as it was; the optimiser does not see such a step.
+        gather: brings parameters that are divided among devices together for the network (left to
+            itself, the compiler also divides activations and statistics); None where none is.
 
     Returns:
         The state after the step, and loss, grad_norm and learning_rate as scalars.
@@ -154,7 +157,7 @@ def train_step(
 
     def loss_fn(params: Tree, model_state: Tree, part: Batch, rng: jax.Array) -> tuple:
         outputs, new_model_state = model.apply(
-            {"params": params, **model_state},
+            {"params": gather(params) if gather else params, **model_state},
             part["image"],
             train=not freeze_backbone,
             mutable=list(MODEL_STATE),

@@ -14,23 +14,21 @@ import json
 import math
 import pathlib
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.sharding import Mesh, NamedSharding
 
 from mobilevit_jax import (
     build,
     checkpoint,
     devices,
     evaluate,
+    processes,
     programs,
     report,
     schedule,
@@ -93,29 +91,6 @@ class Trace:
             jax.profiler.stop_trace()
 
 
-class Interrupt:
-    """Remembers a request to stop, so that the loop can save and leave between two steps."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        # SIGUSR1 is what Slurm's --signal sends ahead of the end of a job.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        # A second Ctrl-C stops at once.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def train(
     config: build.Config,
     workdir: pathlib.Path,
@@ -123,6 +98,7 @@ def train(
     command: str,
     load: Callable[[str], dict[str, Tree]],
     trace_steps: tuple[int, int] | None = None,
+    dry_run: bool = False,
 ) -> dict[str, float]:
     """Trains, or goes on with, the run in `workdir`; returns its last evaluation.
 
@@ -132,6 +108,7 @@ def train(
         command: what was typed, for the record.
         load: reads the variables of the model reference that `config.init` may hold.
         trace_steps: first and last step to record in the workdir's `trace/`; None for none.
+        dry_run: takes two steps on made-up images.
 
     Raises:
         ConfigError, DataError, CheckpointError: see build, data/sources and checkpoint.
@@ -140,22 +117,18 @@ def train(
     """
     # 1 Workdir.
     workdir = workdir.absolute()
-    # 2 Mesh.
-    mesh = sharding.make_mesh()
-    everywhere = sharding.replicated(mesh)
-    # 3 Build. Bad configs and missing data end here, before anything is written or compiled.
-    run = build.experiment(config)
-    network = run.network
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
+    # 2 Mesh, 3 build. Bad configs and missing data end here, before anything is written or
+    # compiled.
+    run = build.experiment(config, dry_run=dry_run)
+    network, mesh = run.network, run.mesh
+    processes.by_lead(lambda: _make(workdir))
 
     # 4 Abstract state and shardings; arrays are born sharded.
     init = functools.partial(
         steps.init_state, run.seed, model=network.model, tx=run.tx, size=network.input_spec.size
     )
-    abstract_state = sharding.abstract_like(jax.eval_shape(init), everywhere)
+    abstract_state = build.placed(jax.eval_shape(init), run)
+    shardings = sharding.shardings(abstract_state)
     with contextlib.ExitStack() as stack:
         # 5 Own checkpoint > warm start > scratch.
         checkpoints = checkpoint.Checkpoints(workdir, keep=run.keep, note=_tell)
@@ -164,17 +137,18 @@ def train(
         if restored:
             state = restored.state
         else:
-            state = steps.run_once(init, everywhere)
+            state = steps.run_once(init, shardings)
             if run.init:
-                state = _warm_start(state, load(run.init), run.init, everywhere)
+                state = _warm_start(state, load(run.init), run.init, shardings)
         start = restored.step if restored else 0
         best = checkpoints.best_metric()
         # Only now: a config that does not fit the checkpoints must not take the place of the one
         # that made them.
-        _record(workdir, config, network.class_names, command)
+        if processes.is_lead():
+            _record(workdir, config, network.class_names, command)
         reporter = stack.enter_context(
             report.Report(
-                workdir,
+                workdir if processes.is_lead() else None,
                 total_steps=run.total_steps,
                 start_step=start,
                 images=run.shapes.position,
@@ -183,12 +157,13 @@ def train(
                 elapsed=restored.meta["elapsed"] if restored else 0.0,
             )
         )
-        _describe(reporter, run, workdir, state, start)
-        interrupt = stack.enter_context(Interrupt())
+        if processes.is_lead():
+            _describe(reporter, run, workdir, state, start)
+        interrupt = stack.enter_context(processes.Interrupt())
 
         # 6 Compile ahead of time.
         with reporter.pausing("compile"):
-            compiled, evaluator, forecast = _compile(run, mesh, abstract_state, reporter)
+            compiled, evaluator, forecast = _compile(run, abstract_state, reporter)
 
         def evaluate_both() -> dict[str, float]:
             values = {
@@ -215,9 +190,9 @@ def train(
 
         stack.enter_context(jax.transfer_guard("disallow"))
         # 7 Evaluate at step 0, and where the run ended between a save and its evaluation.
-        if not _evaluated(workdir, start) and (
+        if (
             start == 0 or schedule.due(start, every=run.eval_every, total=run.total_steps)
-        ):
+        ) and not processes.by_lead(lambda: _evaluated(workdir, start)):
             best = evaluate_and_keep_best(start, best)
 
         # 8 Step, log, save, evaluate.
@@ -230,12 +205,12 @@ def train(
                 start_step=start,
                 workers=run.workers,
                 max_corrupt=run.max_corrupt,
-                host=(jax.process_index(), jax.process_count()),
+                host=processes.place(),
             )
         )
         pending: collections.deque[dict[str, jax.Array]] = collections.deque()
         skipped, flops = 0, 0.0
-        trace = Trace(workdir, trace_steps)
+        trace = Trace(workdir, trace_steps if processes.is_lead() else None)
         stack.callback(trace.close)
         if trace_steps and not start < trace_steps[0] <= run.total_steps:
             reporter.note(f"no trace: this start takes steps {start + 1} to {run.total_steps}")
@@ -244,7 +219,7 @@ def train(
             trace.begin(step)
             with reporter.waiting():
                 batch = next(batches)
-            if step == 1:
+            if step == 1 and processes.is_lead():
                 _sample_sheet(workdir, batch, network.class_names)
             shape = run.shapes.at(step - 1)
             state, step_metrics = compiled[shape](state, sharding.put_batch(batch, mesh))
@@ -260,8 +235,8 @@ def train(
             trace.end(step, step_metrics, reporter.note)
 
             due = functools.partial(schedule.due, step, total=run.total_steps)
-            stop = interrupt.name is not None
-            save_due = stop or due(every=run.save_every)
+            stop = interrupt.asked(step)
+            save_due = bool(stop) or due(every=run.save_every)
             eval_due = due(every=run.eval_every)
             if save_due or eval_due or due(every=run.log_every):
                 # Looked at before every save, so that what is saved is always finite.
@@ -281,16 +256,16 @@ def train(
             if stop:
                 checkpoints.wait()
                 raise SavedAndStopped(
-                    f"{interrupt.name}: saved step {step} of {run.total_steps} in {workdir}; "
+                    f"{stop}: saved step {step} of {run.total_steps} in {workdir}; "
                     "run the same command again to go on"
                 )
 
         # 9 Wait for the saves, then draw.
         checkpoints.wait()
         with reporter.pausing("draw"):
-            _draw(workdir, run, evaluate.predictions(evaluator, state.variables("ema")))
-        rows = report.read_metrics(workdir / "metrics.jsonl")
-        last = next(row for row in reversed(rows) if run.best in row)
+            predictions = evaluate.predictions(evaluator, state.variables("ema"))
+            if processes.is_lead():
+                _draw(workdir, run, predictions)
         if start < run.total_steps:  # else this start had no step to take
             reporter.note(reporter.goodput()[1])
             if memory := devices.memory():
@@ -299,23 +274,38 @@ def train(
                     f"(predicted {forecast.bytes / 2**20:,.0f})"
                 )
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
-        return {name: value for name, value in last.items() if name.startswith("val")}
+        return processes.by_lead(lambda: _last_evaluation(workdir))
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_lead():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _make(workdir: pathlib.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
 
 
 def _warm_start(
-    state: steps.TrainState, variables: dict[str, Tree], reference: str, sharding: NamedSharding
+    state: steps.TrainState, variables: dict[str, Tree], reference: str, shardings: Tree
 ) -> steps.TrainState:
-    """Puts the weights of another model into a fresh state; a head of other classes stays fresh."""
+    """Puts the weights of another model into a fresh state; a head of other classes stays fresh.
+
+    Args:
+        state: on the mesh.
+        variables: of the other model, as numpy arrays.
+        reference: of the other model, for messages.
+        shardings: of the leaves of the state.
+    """
     params = dict(variables["params"])
     model_state = {name: variables[name] for name in state.model_state}
     if tree.difference(state.params["head"], params.get("head", {})):
         classes = state.params["head"]["bias"].size
         _tell(f"{reference} has other classes: a fresh head for {classes} classes takes its place")
-        params["head"] = jax.device_get(state.params["head"])
+        params["head"] = jax.tree.map(processes.fetch, state.params["head"])
     checkpoint.check_matches(
         {"params": state.params, **state.model_state},
         {"params": params, **model_state},
@@ -323,10 +313,10 @@ def _warm_start(
     )
     return dataclasses.replace(
         state,
-        params=jax.device_put(params, sharding),
-        model_state=jax.device_put(model_state, sharding),
+        params=jax.device_put(params, shardings.params),
+        model_state=jax.device_put(model_state, shardings.model_state),
         # Put twice: the train step is donated its state, and a buffer cannot be donated twice.
-        ema=jax.device_put({"params": params, "model_state": model_state}, sharding),
+        ema=jax.device_put({"params": params, "model_state": model_state}, shardings.ema),
     )
 
 
@@ -347,6 +337,7 @@ def bound_step(run: build.Experiment) -> Callable[..., Any]:
         accum_reduction=run.accum_reduction,
         skip_non_finite=run.max_skipped > 0,
         batch_norm_momentum=run.batch_norm_momentum,
+        gather=sharding.gather(run.mesh),
     )
 
 
@@ -369,29 +360,32 @@ class Forecast(NamedTuple):
 
 
 def _compile(
-    run: build.Experiment, mesh: Mesh, abstract_state: steps.TrainState, reporter: report.Report
+    run: build.Experiment, abstract_state: steps.TrainState, reporter: report.Report
 ) -> tuple[dict[multiscale.Shape, Any], evaluate.Evaluator, Forecast]:
     """The programs of all shapes and of evaluation; tells of each, and of what they will take."""
     table, began = run.shapes.table, reporter.elapsed
     variables = abstract_state.variables("raw")
-    train_step = jax.jit(bound_step(run), donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    out = sharding.shardings(abstract_state), sharding.replicated(run.mesh)
+    train_step = jax.jit(bound_step(run), donate_argnums=0, out_shardings=out)
 
     def compile_step(shape: multiscale.Shape) -> Any:
         size = shape.height, shape.width
-        batch = sharding.abstract_batch(mesh, batch_size=shape.batch_size, size=size)
+        batch = sharding.abstract_batch(run.mesh, batch_size=shape.batch_size, size=size)
         return train_step.lower(abstract_state, batch).compile()
 
     reporter.note(programs.sizes(run.shapes))
     jobs: list[Callable[[], Any]] = [functools.partial(compile_step, shape) for shape in table]
     jobs.append(
         functools.partial(
-            evaluate.make, run.network, variables, run.val_source, mesh=mesh, **run.evaluation
+            evaluate.make, run.network, variables, run.val_source, mesh=run.mesh, **run.evaluation
         )
     )
     results: dict[int, Any] = {}
     costs: dict[int, programs.Cost] = {}
     # XLA's compiler for CPUs is parallel by itself; two at a time take longer than one by one.
-    threads = 1 if jax.default_backend() == "cpu" else pipeline.cores()
+    # Several processes may tune kernels together, so they compile in the same order.
+    alone = jax.default_backend() != "cpu" and jax.process_count() == 1
+    threads = pipeline.cores() if alone else 1
     for index, result in programs.compile_all(jobs, threads=threads):
         results[index] = result
         if index < len(table):
@@ -478,6 +472,12 @@ def _evaluated(workdir: pathlib.Path, step: int) -> bool:
     return any(row["step"] == step and "val/loss" in row for row in rows)
 
 
+def _last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
+    rows = report.read_metrics(workdir / "metrics.jsonl")
+    last = next(row for row in reversed(rows) if "val/loss" in row)
+    return {name: value for name, value in last.items() if name.startswith("val")}
+
+
 def _write(path: pathlib.Path, text: str) -> None:
     """Writes a whole file or nothing."""
     beside = path.with_name(path.name + ".tmp")
@@ -502,6 +502,7 @@ def _record(
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
         "host": platform.node(),
     }
     with (workdir / "starts.jsonl").open("a") as file:
@@ -543,11 +544,17 @@ def _describe(
     reporter.note(
         f"{len(run.train_source):,} training and {len(run.val_source):,} validation images of "
         f"{len(network.class_names)} classes; {run.total_steps:,} steps, "
-        f"{run.shapes.position(run.total_steps):,} images, on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind}; workdir {workdir}"
+        f"{run.shapes.position(run.total_steps):,} images, on {_devices()}; "
+        f"workdir {workdir}"
     )
     if start:
         reporter.note(f"resuming after step {start:,} of {run.total_steps:,}")
+
+
+def _devices() -> str:
+    """Such as "16 NVIDIA H100 of 2 processes"."""
+    text = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    return f"{text} of {jax.process_count()} processes" if jax.process_count() > 1 else text
 
 
 def _sample_sheet(

@@ -171,7 +171,7 @@ def test_one_device_and_four_agree():
     model, batch = Tiny(), make_batch(0)
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
-        mesh = Mesh(np.asarray(devices), ("data",))
+        mesh = Mesh(np.asarray(devices).reshape(-1, 1), sharding.AXES)
         everywhere = sharding.replicated(mesh)
         state = jax.jit(lambda: init(model), out_shardings=everywhere)()
         step = jax.jit(bind(model), out_shardings=everywhere)

@@ -1,0 +1,224 @@
+"""One run in several processes: the same result as in one, whoever is stopped or killed."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mobilevit_jax import checkpoint, processes, report
+
+STEPS = 60
+# Often enough that a run can be met in its middle.
+EVERY = (
+    "--config.checkpoint.every=5 steps",
+    "--config.checkpoint.keep=12",
+    "--config.log.every=10 steps",
+    "--config.eval.every=30 steps",
+)
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICES = "--xla_force_host_platform_device_count"
+# Plain SGD: Adam makes a step of full size out of a gradient that is rounding noise.
+SGD = (
+    "--config.optimizer={'name': 'sgd', 'lr': 0.01, 'momentum': 0.9, 'nesterov': False, "
+    "'weight_decay': 0.01, 'decay_1d': False, 'clip_norm': 10.0, 'layer_decay': 1.0}"
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Run:
+    """Starts a training run in `count` processes of `devices` fake devices each."""
+
+    def __init__(self, workdir, *, count, devices, more=()):
+        self.workdir, self.count = workdir, count
+        where = f"--coordinator=127.0.0.1:{free_port()}"
+        environment = os.environ | {"XLA_FLAGS": f"{DEVICES}={devices}"}
+        self.processes = []
+        for index in range(count):
+            several = [where, f"--num_processes={count}", f"--process_id={index}"]
+            command = [
+                *(sys.executable, "launch.py", "train", "--config=tests/tiny.py", SGD),
+                *(f"--workdir={workdir}", f"--config.duration={STEPS} steps", *EVERY, *more),
+                *(several if count > 1 else []),
+            ]
+            with self.log(index).open("a") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+                    )
+                )
+
+    def log(self, index):
+        return self.workdir.parent / f"{self.workdir.name}.{index}.log"
+
+    def said(self):
+        return "\n".join(self.log(index).read_text() for index in range(self.count))
+
+    def finish(self, seconds=300):
+        statuses = [process.wait(timeout=seconds) for process in self.processes]
+        assert statuses == [0] * self.count, self.said()
+
+    def wait_until_saved(self, step, seconds=300):
+        until = time.monotonic() + seconds
+        while max(checkpoint.complete_steps(self.workdir / "checkpoints"), default=0) < step:
+            assert time.monotonic() < until, self.said()
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.01)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def state(workdir, step):
+    return checkpoint.read(workdir, str(step)).state
+
+
+def assert_close(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def losses(workdir):
+    """(step, images, training loss) of the first two rows that have one."""
+    rows = report.read_metrics(workdir / "metrics.jsonl")
+    return [(row["step"], row["images"], row["train/loss"]) for row in rows if "train/loss" in row][
+        :2
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    Run(workdir, count=1, devices=4).finish()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    run = Run(workdir, count=2, devices=2)
+    run.finish()
+    return workdir
+
+
+def test_two_processes_equal_one(one_process, two_processes):
+    # Sums in another order grow apart: to the bit at first, to the eye after twenty steps.
+    assert_close(state(two_processes, 5), state(one_process, 5))
+    for ours, theirs in zip(losses(two_processes), losses(one_process), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    # Pictures and tables are of all examples, each once, and in their order.
+    tables = [(where / "per_class.csv").read_text() for where in (one_process, two_processes)]
+    supports = [re.findall(r"^(\w+),(\d+)", table, re.MULTILINE) for table in tables]
+    assert supports[0] == supports[1]
+    assert sum(int(count) for _, count in supports[0]) == 100
+
+
+def test_one_lead_speaks_and_writes(two_processes):
+    lead, other = ((two_processes.parent / f"run.{index}.log").read_text() for index in range(2))
+    assert "on 4 cpu of 2 processes" in lead
+    assert lead.count(f"step {STEPS}  val") == 1
+    assert "step" not in other
+    assert len((two_processes / "starts.jsonl").read_text().splitlines()) == 1
+
+
+def test_stopped_and_killed_in_one_process(two_processes, tmp_path):
+    """Whichever process is asked to stop, all do, after the same step; killed, none is lost."""
+    workdir = tmp_path / "run"
+    run = Run(workdir, count=2, devices=2)
+    run.wait_until_saved(5)
+    os.kill(run.processes[1].pid, signal.SIGUSR1)
+    assert [process.wait(timeout=300) for process in run.processes] == [143, 143], run.said()
+    assert "SIGTERM: saved step" in run.said()
+    stopped = max(checkpoint.complete_steps(workdir / "checkpoints"))
+    assert 5 <= stopped < STEPS
+
+    run = Run(workdir, count=2, devices=2)
+    run.wait_until_saved(min(stopped + 5, STEPS - 10))
+    run.processes[1].kill()
+    run.kill()
+
+    run = Run(workdir, count=2, devices=2)
+    run.finish()
+    assert "resuming after step" in run.said()
+    np.testing.assert_equal(state(workdir, STEPS), state(two_processes, STEPS))
+
+
+@pytest.mark.long
+def test_the_others_leave_when_one_is_killed(tmp_path):
+    run = Run(tmp_path / "run", count=2, devices=2, more=["--config.duration=5000 steps"])
+    run.wait_until_saved(4)
+    run.processes[1].kill()
+    assert run.processes[0].wait(timeout=3 * processes.SILENCE) not in (0, 143)
+
+
+def test_resumed_on_other_devices_and_processes(one_process, tmp_path):
+    """From four devices of one process to one each of two, which divide the parameters."""
+    workdir = tmp_path / "run"
+    shutil.copytree(one_process, workdir)
+    shutil.rmtree(workdir / "best")
+    for step in checkpoint.complete_steps(workdir / "checkpoints"):
+        if step > 30:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    run = Run(workdir, count=2, devices=1, more=["--config.mesh.fsdp=2"])
+    run.wait_until_saved(35)
+    run.kill()
+    assert "resuming after step 30" in run.said()
+    assert_close(state(workdir, 35), state(one_process, 35))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "localhost:1"}, "give all of --coordinator=HOST:PORT"),
+        ({"coordinator": "localhost:1", "count": 2, "index": 2}, "counts from 0 to 1"),
+    ],
+)
+def test_join_wants_sound_arguments(given, message):
+    with pytest.raises(processes.JoinError, match=message):
+        processes.join(**given)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # a shell in an allocation, without srun
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host0:8080"}, True),
+    ],
+)
+def test_clusters_are_recognised(monkeypatch, environment, several):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes._started_by_a_cluster() == several
+
+
+def test_alone_the_lead_decides_and_fails_as_ever():
+    assert processes.is_lead() and processes.place() == (0, 1)
+    assert processes.by_lead(lambda: 3) == 3
+    with pytest.raises(KeyError):
+        processes.by_lead(lambda: {}["missing"])
+    rows = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(processes.gather(rows), rows)
