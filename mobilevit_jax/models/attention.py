@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mobilevit_jax.models.convolution import pointwise_conv
-from mobilevit_jax.models.layers import Conv, Linear, PointwiseWeights
+from mobilevit_jax.models.layers import Conv, Linear, PointwiseWeights, add_bias
 
 PATCH = 2  # pixels along each side of a patch
 
@@ -50,7 +50,7 @@ class SeparableSelfAttention(nn.Module):
         weights = PointwiseWeights(1 + 2 * features, weight_init=self.weight_init, name="qkv")
         kernels, biases = (jnp.split(w, (1, 1 + features), axis=-1) for w in weights(features))
 
-        query = pointwise_conv(source, kernels[0].astype(self.dtype)) + biases[0].astype(self.dtype)
+        query = add_bias(pointwise_conv(source, kernels[0].astype(self.dtype)), biases[0])
         query = query.reshape(*patches, PATCH).astype(jnp.float32)
         scores = jax.nn.softmax(query, axis=(1, 3)).reshape(batch, height, width)
         if not self.is_initializing():  # then every collection is mutable
@@ -61,11 +61,12 @@ class SeparableSelfAttention(nn.Module):
         average = (source * scores[..., None]).reshape(*patches, -1).sum((1, 3))  # b ph (pw d)
         average = average.reshape(batch, PATCH * PATCH, features)
         context = pointwise_conv(average, kernels[1]) + biases[1]
-        context = context.reshape(batch, 1, PATCH, 1, -1).astype(self.dtype)  # b 1 ph 1 (pw d)
+        context = context.reshape(batch, 1, PATCH, 1, -1)  # b 1 ph 1 (pw d)
 
-        value = pointwise_conv(x, kernels[2].astype(self.dtype)) + biases[2].astype(self.dtype)
+        value = add_bias(pointwise_conv(x, kernels[2].astype(self.dtype)), biases[2])
         y = nn.relu(value).reshape(batch, x.shape[1] // PATCH, PATCH, x.shape[2] // PATCH, -1)
-        y = (y * context).reshape(x.shape)
+        # The context stays float32: its gradient is a sum over all patches.
+        y = (y * context).astype(self.dtype).reshape(x.shape)
         out = Conv(
             features,
             kernel_size=1,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from mobilevit_jax.models.convolution import conv, depthwise_conv, pointwise_conv
 
+STAGES = ("stem", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5")  # of every network
 NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9  # PyTorch calls the same thing momentum 0.1
 
@@ -104,6 +105,7 @@ def check_network(
     strides: Sequence[int],
     dropouts: Mapping[str, float | None],
     weight_init: str,
+    remat: Sequence[str],
     dtype: DTypeLike,
 ) -> None:
     """Raise ValueError for a field out of its range and for an image (h, w) too small.
@@ -121,13 +123,22 @@ def check_network(
             f"strides is {strides}; use six numbers, each 1 or 2, for the stem and "
             "layer_1 to layer_5, such as (2, 1, 2, 2, 2, 2)"
         )
-    if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype is {dtype}; use "float32" or "bfloat16"')
+    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f'dtype is {dtype}; use "float32", "bfloat16" or "float16"')
+    check_remat(remat)
     smallest = math.prod(strides)
     if min(image) < smallest:
         raise ValueError(
             f"the image is {image[0]}x{image[1]} pixels; with strides {tuple(strides)} each "
             f"side needs at least {smallest}: use larger images or more strides of 1"
+        )
+
+
+def check_remat(remat: Sequence[str]) -> None:
+    """Raise ValueError unless `remat` holds names of stages and nothing else."""
+    if isinstance(remat, str) or not set(remat) <= set(STAGES):
+        raise ValueError(
+            f"remat is {remat!r}; use a tuple of names of stages, of {', '.join(STAGES)}"
         )
 
 
@@ -137,7 +148,32 @@ def check_width(width: float) -> None:
         raise ValueError(f"width is {width}; use a positive number, such as 0.5 or 1.0")
 
 
+def run_stage(
+    stage: nn.Module, x: Float[Array, "b h w c"], *, train: bool, remat: Sequence[str]
+) -> Float[Array, "b oh ow d"]:
+    """Run a stage; one whose name is in `remat` is computed again for the gradient.
+
+    Of such a stage only the input is kept from the forward to the backward pass, in place of the
+    activations of all its layers; it costs that stage's forward pass once more, in all stages about
+    a third of a training step. Results and parameters are the same.
+    """
+
+    def run(stage: nn.Module, x: Array) -> Array:
+        return stage(x, train=train)
+
+    return (nn.remat(run) if stage.name in remat else run)(stage, x)
+
+
 # --- layers ---------------------------------------------------------------------------------------
+
+
+def add_bias(x: Float[Array, "*n c"], bias: Float[Array, " c"]) -> Float[Array, "*n c"]:
+    """Add a float32 bias and return the dtype of `x`.
+
+    The sum is formed in float32, since the bias's gradient is a sum over all positions in the type
+    that it was added in: in bfloat16, a thousand equal terms may come to less than a tenth of it.
+    """
+    return (x + bias).astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -173,7 +209,7 @@ class Conv(nn.Module):
         else:
             x = conv(x, kernel, stride=self.stride, dilation=self.dilation, groups=self.groups)
         if self.use_bias:
-            x = x + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            x = add_bias(x, self.param("bias", bias_init, (self.features,)))
         return x
 
 
@@ -207,8 +243,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         x = pointwise_conv(x.astype(self.dtype), kernel)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            x = x + bias.astype(self.dtype)
+            x = add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
         return x
 
 

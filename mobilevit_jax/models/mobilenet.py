@@ -67,7 +67,8 @@ class MobileNetV1(nn.Module):
     strides: Sequence[int] = (2, 1, 2, 2, 2, 2)  # stem, layer_1 … layer_5; each 1 or 2
     dropout: float | None = None  # before the classifier; None: 0.1 times the width, at most 0.1
     weight_init: str = "torch"  # or "kaiming": see layers.check_weight_init
-    dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
+    remat: Sequence[str] = ()  # of layers.STAGES, computed twice to save memory: layers.run_stage
+    dtype: DTypeLike = jnp.float32  # of the computation: float32, bfloat16 or float16
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
@@ -83,9 +84,11 @@ class MobileNetV1(nn.Module):
             return make_divisible(math.ceil(features * self.width), 16)
 
         options: dict[str, Any] = {"weight_init": self.weight_init, "dtype": self.dtype}
-        x = ConvNorm(
+        run = functools.partial(layers.run_stage, train=train, remat=self.remat)
+        stem = ConvNorm(
             scaled(V1_STEM), stride=self.strides[0], activation=nn.relu, **options, name="stem"
-        )(image, train=train)
+        )
+        x = run(stem, image)
         stages = []
         for i, (features, count) in enumerate(V1_LAYERS, start=1):
             blocks = [
@@ -97,7 +100,7 @@ class MobileNetV1(nn.Module):
                 )
                 for j in range(count)
             ]
-            x = Layer(blocks, name=f"layer_{i}")(x, train=train)
+            x = run(Layer(blocks, name=f"layer_{i}"), x)
             stages.append(x)
         x = _pool(x)
         x = _dropout(self.dropout, most=0.1, width=self.width, train=train)(x)
@@ -135,7 +138,8 @@ class MobileNetV2(nn.Module):
     strides: Sequence[int] = (2, 1, 2, 2, 2, 2)  # stem, layer_1 … layer_5; each 1 or 2
     dropout: float | None = None  # before the classifier; None: 0.2 times the width, at most 0.2
     weight_init: str = "torch"  # or "kaiming": see layers.check_weight_init
-    dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
+    remat: Sequence[str] = ()  # of layers.STAGES, computed twice to save memory: layers.run_stage
+    dtype: DTypeLike = jnp.float32  # of the computation: float32, bfloat16 or float16
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
@@ -151,7 +155,8 @@ class MobileNetV2(nn.Module):
             "weight_init": self.weight_init,
             "dtype": self.dtype,
         }
-        x = ConvNorm(V2_STEM, stride=self.strides[0], **options, name="stem")(image, train=train)
+        run = functools.partial(layers.run_stage, train=train, remat=self.remat)
+        x = run(ConvNorm(V2_STEM, stride=self.strides[0], **options, name="stem"), image)
         stages = []
         for i, layer in enumerate(V2_LAYERS, start=1):
             block = functools.partial(InvertedResidual, **options)
@@ -165,7 +170,7 @@ class MobileNetV2(nn.Module):
                 )
                 for j, row in enumerate(rows)
             ]
-            x = Layer(blocks, name=f"layer_{i}")(x, train=train)
+            x = run(Layer(blocks, name=f"layer_{i}"), x)
             stages.append(x)
         expanded = make_divisible(V2_EXPANDED * max(1.0, self.width), 8)
         x = ConvNorm(expanded, kernel_size=1, **options, name="expand")(x, train=train)
@@ -243,7 +248,9 @@ class SqueezeExcite(nn.Module):
         squeezed = max(make_divisible(channels // 4, 8), 32)
         gate = x.astype(jnp.float32).mean((1, 2), keepdims=True)  # b 1 1 c
         gate = nn.relu(conv(squeezed, name="reduce")(gate))
-        return x * nn.hard_sigmoid(conv(channels, name="expand")(gate))
+        gate = nn.hard_sigmoid(conv(channels, name="expand")(gate))
+        # Multiplied in float32: the gate's gradient is a sum over the map.
+        return (x * gate.astype(jnp.float32)).astype(self.dtype)
 
 
 class SqueezeInvertedResidual(nn.Module):
@@ -280,7 +287,8 @@ class MobileNetV3(nn.Module):
     strides: Sequence[int] | None = None  # stem, layer_1 … layer_5; None: the variant's own
     dropout: float = V3_DROPOUT  # before the classifier
     weight_init: str = "torch"  # or "kaiming": see layers.check_weight_init
-    dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
+    remat: Sequence[str] = ()  # of layers.STAGES, computed twice to save memory: layers.run_stage
+    dtype: DTypeLike = jnp.float32  # of the computation: float32, bfloat16 or float16
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
@@ -296,7 +304,8 @@ class MobileNetV3(nn.Module):
         _check(self, image, strides)
         options: dict[str, Any] = {"weight_init": self.weight_init, "dtype": self.dtype}
         conv = functools.partial(ConvNorm, activation=nn.hard_swish, **options)
-        x = conv(V3_STEM, stride=strides[0], name="stem")(image, train=train)
+        run = functools.partial(layers.run_stage, train=train, remat=self.remat)
+        x = run(conv(V3_STEM, stride=strides[0], name="stem"), image)
         stages = []
         for i, rows in enumerate(variant.layers, start=1):
             blocks = [
@@ -308,7 +317,7 @@ class MobileNetV3(nn.Module):
                 )
                 for j, row in enumerate(rows)
             ]
-            x = Layer(blocks, name=f"layer_{i}")(x, train=train)
+            x = run(Layer(blocks, name=f"layer_{i}"), x)
             stages.append(x)
         x = conv(6 * x.shape[-1], kernel_size=1, name="expand")(x, train=train)
         x = _pool(x)
@@ -331,6 +340,7 @@ def _check(
         strides=strides,
         dropouts={"dropout": model.dropout},
         weight_init=model.weight_init,
+        remat=model.remat,
         dtype=model.dtype,
     )
 

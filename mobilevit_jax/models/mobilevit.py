@@ -157,7 +157,8 @@ class MobileViT(nn.Module):
     heads: int = 4  # of the kinds that have some
     latents: int = 256  # tokens that linformer's attention looks at
     weight_init: str = "kaiming"  # or "torch": see layers.check_weight_init
-    dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
+    remat: Sequence[str] = ()  # of layers.STAGES, computed twice to save memory: layers.run_stage
+    dtype: DTypeLike = jnp.float32  # of the computation: float32, bfloat16 or float16
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
@@ -173,6 +174,7 @@ class MobileViT(nn.Module):
             strides=self.strides,
             dropouts={"dropout": self.dropout, "block_dropout": self.block_dropout},
             weight_init=self.weight_init,
+            remat=self.remat,
             dtype=self.dtype,
         )
         if self.variant not in VARIANTS:
@@ -180,11 +182,12 @@ class MobileViT(nn.Module):
         variant = VARIANTS[self.variant]
         options: dict[str, Any] = {"weight_init": self.weight_init, "dtype": self.dtype}
         conv = functools.partial(ConvNorm, activation=nn.silu, **options)
+        run = functools.partial(layers.run_stage, train=train, remat=self.remat)
 
-        x = conv(STEM, stride=self.strides[0], name="stem")(image, train=train)
+        x = run(conv(STEM, stride=self.strides[0], name="stem"), image)
         stages = []
         for i in range(5):
-            x = Stage(
+            stage = Stage(
                 features=variant.features[i],
                 stride=self.strides[1 + i],
                 residuals=RESIDUALS[i],
@@ -199,7 +202,8 @@ class MobileViT(nn.Module):
                 ),
                 **options,
                 name=f"layer_{i + 1}",
-            )(x, train=train)
+            )
+            x = run(stage, x)
             stages.append(x)
 
         expanded = min(4 * variant.features[-1], MAX_EXPANDED)

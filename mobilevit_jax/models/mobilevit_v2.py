@@ -6,6 +6,7 @@ two inverted residuals in layer_2 where the paper's table reads as three. Parame
 public: checkpoints and converters rely on them.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -150,7 +151,8 @@ class MobileViTV2(nn.Module):
     heads: int = 4  # of the kinds that have some
     latents: int = 256  # tokens that linformer's attention looks at
     weight_init: str = "torch"  # or "kaiming": see layers.check_weight_init
-    dtype: DTypeLike = jnp.float32  # of the computation: float32 or bfloat16
+    remat: Sequence[str] = ()  # of layers.STAGES, computed twice to save memory: layers.run_stage
+    dtype: DTypeLike = jnp.float32  # of the computation: float32, bfloat16 or float16
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool = False) -> dict[str, Any]:
@@ -165,15 +167,17 @@ class MobileViTV2(nn.Module):
             strides=self.strides,
             dropouts={"dropout": self.dropout, "block_dropout": self.block_dropout},
             weight_init=self.weight_init,
+            remat=self.remat,
             dtype=self.dtype,
         )
         layers.check_width(self.width)
+        run = functools.partial(layers.run_stage, train=train, remat=self.remat)
         options = {"weight_init": self.weight_init, "dtype": self.dtype}
         features = layers.make_divisible(layers.bound(32 * self.width, 16, 64), 8, minimum=16)
         stem = ConvNorm(
             features, stride=self.strides[0], activation=nn.silu, **options, name="stem"
         )
-        x = stem(image, train=train)
+        x = run(stem, image)
         stages = []
         for i, (row, stride) in enumerate(zip(STAGES, self.strides[1:], strict=True), start=1):
             stage = Stage(
@@ -189,7 +193,7 @@ class MobileViTV2(nn.Module):
                 **options,
                 name=f"layer_{i}",
             )
-            x = stage(x, train=train)
+            x = run(stage, x)
             stages.append(x)
 
         x = x.astype(jnp.float32).mean((1, 2))  # b c

@@ -133,7 +133,7 @@ def test_computes_in_bfloat16_and_keeps_float32_where_it_matters():
         ({"attention": "none"}, "attention is 'none'; use one of"),
         ({"heads": 7}, "heads is 7; use a divisor of 144"),
         ({"weight_init": "xavier"}, "weight_init is 'xavier'"),
-        ({"dtype": jnp.float16}, 'float16.*use "float32" or "bfloat16"'),
+        ({"dtype": jnp.int8}, 'int8.*use "float32", "bfloat16" or "float16"'),
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):

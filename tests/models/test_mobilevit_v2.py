@@ -104,7 +104,7 @@ def test_an_image_smaller_than_the_strides_is_refused(size, strides, smallest):
         ({"dropout": 1.0}, "dropout is 1.0; use a number from 0 to below 1"),
         ({"block_dropout": -0.1}, "block_dropout is -0.1"),
         ({"weight_init": "xavier"}, 'weight_init is \'xavier\'; use "torch" or "kaiming"'),
-        ({"dtype": jnp.float16}, 'float16.*; use "float32" or "bfloat16"'),
+        ({"dtype": jnp.int8}, 'int8.*; use "float32", "bfloat16" or "float16"'),
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):
