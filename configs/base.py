@@ -60,8 +60,13 @@ def get_config() -> ConfigDict:
     config.max_skipped = 0
     # Length of the run.
     config.duration = "300 epochs"
-    # Type of the network's arithmetic: float32 | bfloat16. Parameters are float32 always.
-    config.dtype = "float32"
+    # Type of the network's arithmetic: float32 | bfloat16 | float16 | auto, which is bfloat16 on
+    # accelerators and float32 on CPUs. Parameters, softmax, statistics and loss are always float32.
+    # With float16 the loss is scaled by what keeps the gradients in range.
+    config.dtype = "auto"
+    # Stages (stem, layer_1 to layer_5) that are computed again for the gradient: less memory, each
+    # for another forward pass of it. ("stem", "layer_1", "layer_2") hold the largest maps.
+    config.remat = ()
 
     # Network: models/zoo.py:FAMILIES and the fields of its class.
     config.model = ConfigDict()

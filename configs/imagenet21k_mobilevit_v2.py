@@ -34,7 +34,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.batch_size = 4096
     config.duration = "80 epochs"
-    config.dtype = "bfloat16"
     config.init = init
     config.model.width = chosen["width"]
 

@@ -45,7 +45,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.batch_size = batch_size
     config.duration = "300 epochs"
-    config.dtype = "bfloat16"
     config.input.size = (224, 224)
     config.input.resize = 256
     config.augment.resize = "pil_bilinear"

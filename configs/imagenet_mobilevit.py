@@ -40,7 +40,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.batch_size = 1024
     config.duration = "300 epochs"
-    config.dtype = "bfloat16"
 
     config.unlock()
     config.model = ConfigDict(

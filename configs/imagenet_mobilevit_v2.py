@@ -39,7 +39,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.batch_size = 1024
     config.duration = "300 epochs"
-    config.dtype = "bfloat16"
     config.model.width = chosen["width"]
 
     config.unlock()

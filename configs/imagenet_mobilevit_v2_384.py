@@ -56,7 +56,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.batch_size = 128
     config.duration = "10 epochs"
-    config.dtype = "bfloat16"
     config.init = INITS[width][origin]
     config.model.width = width
     config.input.size = (384, 384)

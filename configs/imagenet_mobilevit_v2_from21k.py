@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.batch_size = 256
     config.duration = "50 epochs"
-    config.dtype = "bfloat16"
 
     config.unlock()
     # "": as `init` has it.

@@ -6,7 +6,6 @@ the group.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import json
@@ -22,13 +21,13 @@ from ml_collections import ConfigDict as Config
 from mobilevit_jax import optim, schedule, sharding, steps, writers
 from mobilevit_jax.data import augment, multiscale, pipeline, sources, transforms
 from mobilevit_jax.data.record import DataError, Source
-from mobilevit_jax.models import zoo
+from mobilevit_jax.models import layers, zoo
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {"classification": classification.classification}
 CONFIG = "config.json"  # in a workdir
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 T = TypeVar("T")
 
@@ -57,8 +56,6 @@ class Experiment(NamedTuple):
     shapes: multiscale.Shapes
     tx: optim.Optimizer
     curve: schedule.Curve
-    # That the network computes in.
-    dtype: str
     seed: int
     accum: int
     accum_reduction: str
@@ -186,12 +183,7 @@ def resolve(
         group, spec = plain(before.model), input_spec(before)
     else:
         family, model, spec = describe(config.init)
-        fields = {
-            field.name: getattr(model, field.name)
-            for field in dataclasses.fields(model)
-            if field.name not in ("num_classes", "dtype", "parent", "name")
-        }
-        group = {"name": family, **plain(fields)}
+        group = {"name": family, **plain(zoo.fields(model))}
     size, resize = plain(config.input.size), config.input.resize
     if any(size):
         spec = spec._replace(size=size, resize=resize or min(size))
@@ -227,7 +219,8 @@ def network(config: Config, class_names: tuple[str, ...]) -> Network:
         ConfigError: the config names something unknown or out of range.
     """
     with _reading("dtype"):
-        dtype = _choose(DTYPES, config.dtype)
+        auto = DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+        dtype = _choose({"auto": auto, **DTYPES}, config.dtype)
     spec = input_spec(config)
     with _reading("model"):
         model = zoo.create(num_classes=len(class_names), dtype=dtype, **plain(config.model))
@@ -456,15 +449,21 @@ def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
     tx = _call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve)
     with _reading("optimizer"):
         tx = optim.layerwise(tx, layer_decay=layer_decay)
+    if config.freeze_backbone:
+        tx = optim.head_only(tx)
+    if config.dtype == "float16":
+        tx = optim.loss_scaled(tx)
+    trained = network(config, train_source.class_names)
+    with _reading("remat"):
+        layers.check_remat(plain(config.remat))
     run = Experiment(
-        network=network(config, train_source.class_names),
+        network=trained._replace(model=trained.model.clone(remat=plain(config.remat))),
         train_source=train_source,
         val_source=val_source,
         transform=transform(config),
         shapes=step_shapes,
-        tx=optim.head_only(tx) if config.freeze_backbone else tx,
+        tx=tx,
         curve=curve,
-        dtype=config.dtype,
         seed=config.seed,
         accum=config.accum,
         accum_reduction=config.accum_reduction,

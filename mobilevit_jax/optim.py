@@ -5,15 +5,24 @@ same two arguments for weight decay.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from mobilevit_jax import tree
 from mobilevit_jax.schedule import Curve
 
 Optimizer = optax.GradientTransformation
 HEAD_DEPTH = 6  # a stem and five stages lie below the head
+
+# Of the loss in float16, as PyTorch's GradScaler has them; it halves without end.
+FIRST_LOSS_SCALE = 65536.0
+LOSS_SCALE_GROWTH_INTERVAL = 2000  # steps in a row without an overflow, then it doubles
+LARGEST_LOSS_SCALE = 2.0**127  # doubled, this power of two would be infinite and stay so
+SMALLEST_LOSS_SCALE = 1.0  # what overflows at this does so by itself
 
 
 def decay_mask(params: tree.Tree, *, decay_1d: bool) -> tree.Tree:
@@ -71,6 +80,58 @@ def head_only(tx: Optimizer) -> Optimizer:
         )
 
     return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, label)
+
+
+class LossScaleState(NamedTuple):
+    """Optimiser state of a run whose loss is scaled, so that float16 holds its small gradients.
+
+    Attributes:
+        inner: state of the optimiser itself.
+        scale: the next step multiplies its loss by this, and divides its gradient.
+        good_steps: since the scale last changed.
+    """
+
+    inner: optax.OptState
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]
+
+
+def loss_scaled(tx: Optimizer) -> Optimizer:
+    """Keeps a loss scale beside the state of `tx`, and lets it grow with every update.
+
+    Whoever computes gradients multiplies the loss by the state's scale, divides the gradients by it
+    (they come here as they are of the loss), and where one of them is not finite takes no update
+    but `after_overflow`. Source: mixed precision training (arXiv 1710.03740), section 3.2.
+    """
+
+    def init(params: tree.Tree) -> LossScaleState:
+        return LossScaleState(
+            inner=tx.init(params),
+            scale=jnp.asarray(FIRST_LOSS_SCALE, jnp.float32),
+            good_steps=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: tree.Tree, state: tree.Tree, params: tree.Tree | None = None
+    ) -> tuple[tree.Tree, tree.Tree]:
+        updates, inner = tx.update(updates, state.inner, params)
+        good_steps = state.good_steps + 1
+        grows = good_steps == LOSS_SCALE_GROWTH_INTERVAL
+        return updates, LossScaleState(
+            inner=inner,
+            scale=jnp.minimum(jnp.where(grows, 2.0, 1.0) * state.scale, LARGEST_LOSS_SCALE),
+            good_steps=jnp.where(grows, 0, good_steps),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def after_overflow(state: LossScaleState) -> LossScaleState:
+    """The state after a step whose loss or gradient was not finite: half the scale, else as is."""
+    return state._replace(
+        scale=jnp.maximum(state.scale / 2.0, SMALLEST_LOSS_SCALE),
+        good_steps=jnp.zeros_like(state.good_steps),
+    )
 
 
 def _clip(clip_norm: float) -> Optimizer:

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, UInt8
 
+from mobilevit_jax import optim
 from mobilevit_jax.data.transforms import InputSpec
 from mobilevit_jax.schedule import BATCH_NORM_MOMENTUM, Curve
 from mobilevit_jax.tasks.task import Batch, Task
@@ -131,7 +132,8 @@ def train_step(
         batch: `image` uint8, `label`, `mask`; b rows.
         model: network.
         task: loss and mixing.
-        tx: optimiser.
+        tx: optimiser; one of `optim.loss_scaled` has the loss scaled, and a step whose loss or
+            gradient is no number is then skipped in any case.
         curve: learning rate by step, for the metrics (the optimiser holds it too).
         input_spec: what the network expects of its input.
         seed: all randomness is drawn from (seed, step), so no generator is part of the state.
@@ -150,8 +152,11 @@ def train_step(
             itself, the compiler also divides activations and statistics); None where none is.
 
     Returns:
-        The state after the step, and loss, grad_norm and learning_rate as scalars.
+        The state after the step, and loss, grad_norm, learning_rate and, where the loss is scaled,
+        loss_scale (that of this step) as scalars; loss and grad_norm are without the scale.
     """
+    scaled = isinstance(state.opt_state, optim.LossScaleState)
+    scale = state.opt_state.scale if scaled else 1.0
     rng_mix, rng_dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     batch = task.mix(dict(batch) | {"image": normalize(batch["image"], input_spec)}, rng_mix)
 
@@ -170,11 +175,14 @@ def train_step(
             new_model_state = jax.tree.map(
                 lambda old, new: old + share * (new - old), model_state, dict(new_model_state)
             )
-        return task.loss(outputs, part), new_model_state
+        loss = task.loss(outputs, part)
+        return loss * scale, (loss, new_model_state)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accum == 1:
-        (loss, model_state), grads = grad_fn(state.params, state.model_state, batch, rng_dropout)
+        (_, (loss, model_state)), grads = grad_fn(
+            state.params, state.model_state, batch, rng_dropout
+        )
     else:
         weight = 1.0 if accum_reduction == "sum" else 1.0 / accum
         # Part i takes rows i, i + accum, …: every device keeps its own rows.
@@ -185,7 +193,9 @@ def train_step(
         def add_part(carry: tuple, part_and_rng: tuple) -> tuple[tuple, None]:
             loss, model_state, grads = carry
             part, rng = part_and_rng
-            (part_loss, model_state), part_grads = grad_fn(state.params, model_state, part, rng)
+            (_, (part_loss, model_state)), part_grads = grad_fn(
+                state.params, model_state, part, rng
+            )
             grads = jax.tree.map(lambda total, g: total + weight * g, grads, part_grads)
             return (loss + part_loss / accum, model_state, grads), None
 
@@ -194,6 +204,7 @@ def train_step(
         rngs = jax.random.split(rng_dropout, accum)
         (loss, model_state, grads), _ = jax.lax.scan(add_part, carry, (parts, rngs))
 
+    grads = jax.tree.map(lambda g: g / scale, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = jax.tree.map(
@@ -206,6 +217,8 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": curve(state.step),
     }
+    if scaled:
+        metrics["loss_scale"] = scale
     new_state = TrainState(
         step=state.step + 1,
         params=params,
@@ -213,9 +226,13 @@ def train_step(
         opt_state=opt_state,
         ema=ema,
     )
-    if skip_non_finite:
+    if skip_non_finite or scaled:
         finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
-        before = dataclasses.replace(state, step=new_state.step)
+        before = dataclasses.replace(
+            state,
+            step=new_state.step,
+            opt_state=optim.after_overflow(state.opt_state) if scaled else state.opt_state,
+        )
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, before)
     return new_state, metrics
 

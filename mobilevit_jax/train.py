@@ -28,6 +28,7 @@ from mobilevit_jax import (
     checkpoint,
     devices,
     evaluate,
+    optim,
     processes,
     programs,
     report,
@@ -403,7 +404,9 @@ def _compile(
     *train_costs, evaluation_cost = (costs[i] for i in range(len(jobs)))
     forecast = Forecast(
         flops={shape: cost.flops for shape, cost in zip(table, train_costs, strict=True)},
-        peak_flops=devices.peak_flops(jax.devices()[0].device_kind, run.dtype),
+        peak_flops=devices.peak_flops(
+            jax.devices()[0].device_kind, run.network.model.dtype.__name__
+        ),
         bytes=programs.predicted_peak(
             train_costs,
             evaluation_cost,
@@ -416,7 +419,7 @@ def _compile(
     if memory is not None and forecast.bytes > memory.limit:
         reporter.note(
             f"warning: a device has only {memory.limit / 2**20:,.0f} MiB; raise config.accum, "
-            "lower config.batch_size or set config.model.remat"
+            "lower config.batch_size or set config.remat"
         )
     return dict(zip(table, compiled, strict=True)), evaluator, forecast
 
@@ -435,7 +438,7 @@ def _fetch(
         pending: of each step, the last being `step`.
         step: the last.
         skipped: how many steps in a row had been skipped when it was last called.
-        max_skipped: how many there may be.
+        max_skipped: how many there may be; steps that a smaller loss scale may mend do not count.
         note: is told of each.
 
     Returns:
@@ -453,6 +456,8 @@ def _fetch(
             taken.append(values)
             skipped = 0
             continue
+        if values.get("loss_scale", optim.SMALLEST_LOSS_SCALE) > optim.SMALLEST_LOSS_SCALE:
+            continue  # float16 overflowed, which half the scale should mend
         skipped += 1
         told = f"{wrong[0]} is {values[wrong[0]]} at step {at}"
         if skipped > max_skipped:
@@ -462,6 +467,8 @@ def _fetch(
     metrics = {"train/learning_rate": float(fetched[-1]["learning_rate"])}
     for name in ("loss", "grad_norm"):
         metrics[f"train/{name}"] = float(np.mean([values[name] for values in taken or fetched]))
+    if "loss_scale" in fetched[-1]:
+        metrics["train/loss_scale"] = float(fetched[-1]["loss_scale"])
     if len(taken) < len(fetched):
         metrics["train/skipped"] = len(fetched) - len(taken)
     return metrics, skipped
@@ -544,8 +551,8 @@ def _describe(
     reporter.note(
         f"{len(run.train_source):,} training and {len(run.val_source):,} validation images of "
         f"{len(network.class_names)} classes; {run.total_steps:,} steps, "
-        f"{run.shapes.position(run.total_steps):,} images, on {_devices()}; "
-        f"workdir {workdir}"
+        f"{run.shapes.position(run.total_steps):,} images, in {network.model.dtype.__name__} on "
+        f"{_devices()}; workdir {workdir}"
     )
     if start:
         reporter.note(f"resuming after step {start:,} of {run.total_steps:,}")

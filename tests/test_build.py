@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from mobilevit_jax import build
+from mobilevit_jax import build, optim
 from mobilevit_jax.models import zoo
+from tests import tiny
 from tests.nets import SPEC
 from tests.test_configs import load
 
@@ -53,3 +56,27 @@ def test_going_on_needs_the_reference_no_more(tmp_path):
     (tmp_path / "config.json").write_text(build.to_json(resolved))
     again = build.resolve(config, lambda reference: 1 / 0, workdir=tmp_path)
     assert json.loads(build.to_json(again)) == json.loads(build.to_json(resolved))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_precision_is_that_of_the_machine_unless_named(monkeypatch, backend, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = load("quickstart")
+    assert build.network(config, ("a", "b")).model.dtype == jnp.dtype(dtype)
+    assert json.loads(build.to_json(config))["dtype"] == "auto"
+    config.dtype = "float16"
+    assert build.network(config, ("a", "b")).model.dtype == jnp.float16
+
+
+def test_a_run_in_float16_scales_its_loss_and_one_may_compute_stages_again():
+    config = tiny.get_config()
+    assert build.experiment(config).network.model.remat == ()
+    config.dtype, config.remat = "float16", ("stem", "layer_2")
+    run = build.experiment(config)
+    assert run.network.model.remat == ("stem", "layer_2")
+    state = run.tx.init({"head": {"kernel": jnp.ones((2, 2))}})
+    assert isinstance(state, optim.LossScaleState)
+    # It is how the network is trained, and no part of what it is.
+    assert not {"remat", "dtype"} & set(zoo.fields(run.network.model))

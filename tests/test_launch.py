@@ -208,8 +208,9 @@ def test_doctor(capsys):
         ("--config.input.channel_order=gbr", "config.input: "),
         (
             "--config.dtype=float8",
-            "config.dtype: unknown name 'float8'; there are bfloat16, float32",
+            "config.dtype: unknown name 'float8'; there are auto, bfloat16, float16, float32",
         ),
+        ("--config.remat=('layer_1','layer_9')", "config.remat: remat is ('layer_1', 'layer_9')"),
         ("--config.task.label_smoothing=2.0", "config.task: label_smoothing is 2.0"),
         ("--config.data.name=imagenet", "config.data: unknown name 'imagenet'"),
         ("--config.optimizer.name=sgd", "config.optimizer: sgd has no argument 'b1'"),

@@ -78,6 +78,19 @@ def test_fetch_averages_and_finds_the_first_bad_step():
         fetch([1.0, metrics(1.0, np.inf)])
 
 
+def test_an_overflow_is_no_error_while_the_scale_of_the_loss_can_fall():
+    def scaled(norm, scale):
+        return metrics(1.0, norm) | {"loss_scale": jnp.asarray(scale)}
+
+    values, skipped = fetch([scaled(np.inf, 4.0), scaled(np.nan, 2.0), scaled(3.0, 1.0)])
+    assert values["train/grad_norm"] == 3.0
+    assert (values["train/skipped"], values["train/loss_scale"], skipped) == (2, 1.0, 0)
+    with pytest.raises(train.NonFiniteError, match=r"grad_norm is inf at step 10$"):
+        fetch([scaled(np.inf, 2.0), scaled(np.inf, 1.0)])
+    _, skipped = fetch([scaled(np.inf, 2.0), scaled(np.inf, 1.0)], max_skipped=1)
+    assert skipped == 1
+
+
 def test_skipped_steps_are_told_and_counted_in_a_row():
     told = []
     values, skipped = fetch([1.0, np.nan, 3.0, np.inf, np.nan], max_skipped=2, told=told)

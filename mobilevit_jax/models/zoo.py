@@ -123,6 +123,16 @@ def create(
     return family(num_classes=num_classes, dtype=dtype, **fields)
 
 
+def fields(model: nn.Module) -> dict[str, Any]:
+    """Fields of a network as `create` takes them: all but its classes and how it is computed."""
+    others = ("parent", "name", "num_classes", "dtype", "remat")
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in others
+    }
+
+
 def summary(model: nn.Module, *, size: tuple[int, int]) -> list[SummaryRow]:
     """Shape, parameters, multiply-accumulates and activations of every stage for one image.
 

@@ -19,12 +19,12 @@ import safetensors
 import safetensors.numpy
 
 from mobilevit_jax import build, checkpoint, tree
+from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import files, formats, names, pretrained
 
 # Fields of a network that the directory it is written to need not say: they concern training.
 TRAINING_FIELDS = ("dropout", "block_dropout", "weight_init")
 VARIANT_FIELDS = ("variant", "width")
-NOT_FIELDS = ("parent", "name", "num_classes", "dtype")
 APPLE_LICENCE = "https://github.com/apple/ml-cvnets/blob/main/LICENSE"
 
 
@@ -99,11 +99,7 @@ def convert(
 def _prepare(loaded: pretrained.Loaded, format: str) -> tuple[_Model, list[str]]:
     """Checks that the format can express the network, and brings the stem into its order."""
     network, spec = loaded.pretrained.model, loaded.pretrained.input_spec
-    fields = {
-        field.name: getattr(network, field.name)
-        for field in dataclasses.fields(network)
-        if field.name not in NOT_FIELDS
-    }
+    fields = zoo.fields(network)
     flat = tree.flatten(loaded.pretrained.variables)
     notes = []
     if format != "native":
