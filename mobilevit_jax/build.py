@@ -221,9 +221,13 @@ def network(config: Config, class_names: tuple[str, ...]) -> Network:
     with _reading("dtype"):
         auto = DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
         dtype = _choose({"auto": auto, **DTYPES}, config.dtype)
-    spec = input_spec(config)
+    spec, remat = input_spec(config), plain(config.remat)
+    with _reading("remat"):
+        layers.check_remat(remat)
     with _reading("model"):
-        model = zoo.create(num_classes=len(class_names), dtype=dtype, **plain(config.model))
+        model = zoo.create(
+            num_classes=len(class_names), dtype=dtype, remat=remat, **plain(config.model)
+        )
         steps.abstract_variables(model, spec.size)  # what a module rejects, it rejects when called
     return Network(
         model=model,
@@ -453,11 +457,8 @@ def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
         tx = optim.head_only(tx)
     if config.dtype == "float16":
         tx = optim.loss_scaled(tx)
-    trained = network(config, train_source.class_names)
-    with _reading("remat"):
-        layers.check_remat(plain(config.remat))
     run = Experiment(
-        network=trained._replace(model=trained.model.clone(remat=plain(config.remat))),
+        network=network(config, train_source.class_names),
         train_source=train_source,
         val_source=val_source,
         transform=transform(config),

@@ -80,8 +80,13 @@ def init_variables(model: nn.Module, seed: int, size: tuple[int, int]) -> dict[s
     return dict(variables)
 
 
-def run_once(function: Callable[[], T], out_shardings: jax.sharding.Sharding | None = None) -> T:
-    """Compiles and calls a function that nobody will call again, such as an initialiser."""
+def run_once(function: Callable[[], T], out_shardings: Tree = None) -> T:
+    """Compiles and calls a function that nobody will call again, such as an initialiser.
+
+    Args:
+        function: of nothing.
+        out_shardings: one, or a tree of them like the result; None for the default device.
+    """
     # Without optimising, the CPU's compiler is done in a third of the time.
     options: dict[str, str | bool] = {}
     if jax.default_backend() == "cpu":

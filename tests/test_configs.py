@@ -228,21 +228,37 @@ def describe(reference):
 
 
 @pytest.mark.parametrize("recipe", SHAPED)
-def test_whole_train_step_by_shape(recipe, monkeypatch):
-    monkeypatch.setattr(build, "source", lambda config, split: Stub(10, IMAGES))
+def test_dry_run_by_shape(recipe):
+    """What launch.py train --dry_run compiles, at the batch and image sizes of the recipe."""
     config = load(recipe)
     config.init = config.init or "" if config.model.name else "somewhere"
-    run = build.experiment(build.resolve(config, describe, workdir=None))
+    run = build.experiment(build.resolve(config, describe, workdir=None), dry_run=True)
+    assert (run.total_steps, run.eval_every, run.save_every) == (2, 2, 2)
+    assert len(run.val_source) == run.evaluation["batch_size"]
+    if recipe.startswith("imagenet"):  # which is not here
+        classes = 10_450 if recipe.startswith("imagenet21k") else 1000
+        assert len(run.network.class_names) == classes
+        assert len(run.train_source) == config.dry_run.train > 1e6
     network = run.network
     init = functools.partial(
         steps.init_state, 0, model=network.model, tx=run.tx, size=network.input_spec.size
     )
     state = jax.eval_shape(init)
-    mesh = sharding.make_mesh()
     # One of the sizes: the smallest, which is not the one that the state was made with.
     height, width, batch_size = run.shapes.table[0]
-    batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=(height, width))
+    batch = sharding.abstract_batch(run.mesh, batch_size=batch_size, size=(height, width))
     new_state, metrics = jax.eval_shape(train.bound_step(run), state, batch)
     assert tree.difference(state, new_state) == []
     assert metrics["loss"].shape == ()
+    batch = sharding.abstract_batch(run.mesh, batch_size=8, size=network.input_spec.size)
+    outputs = jax.eval_shape(
+        functools.partial(network.model.apply, train=False),
+        state.variables("ema"),
+        jax.ShapeDtypeStruct((8, *network.input_spec.size, 3), "float32"),
+    )
+    assert outputs["logits"].shape == (8, len(network.class_names))
+
+
+def test_durations_in_steps(monkeypatch):
+    run = experiment("imagenet_mobilevit_v2", monkeypatch)
     assert run.total_steps > run.eval_every > 0

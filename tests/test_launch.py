@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -179,6 +180,18 @@ def test_print_config_shows_the_overrides(capsys):
     assert said["optimizer"]["lr"] == 0.125
     assert said["input"]["size"] == [24, 16]
     assert said["optimizer"]["decay_1d"] is False
+
+
+def test_dry_run_keeps_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    argv = [CONFIG, "--dry_run", "--config.data={'name': 'pack', 'root': '/nowhere'}"]
+    assert launch.main(["train", *argv, "--config.dry_run.classes=10"]) == 0
+    said = capfd.readouterr().out
+    assert "1,281,167 training and 32 validation images of 10 classes; 2 steps" in said
+    assert "step 2/2" in said and "step 2  val loss" in said
+    assert said.splitlines()[-1].startswith("dry run: two steps, a save and an evaluation went")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor(capsys):
