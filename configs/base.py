@@ -103,6 +103,26 @@ def get_config() -> ConfigDict:
     # Height over width of the box.
     config.task.erasing_ratio = (0.3, 3.3)
 
+    # A trained network to learn from, a model reference with the same classes; "" for none.
+    config.teacher = ""
+    # How: none, or build.py:DISTILLATIONS and the arguments of its function. The labels count for
+    # nothing then, unless it has a label_weight.
+    config.distillation = ConfigDict()
+    config.distillation.name = "none"
+    # What the teacher is and how it wants its images: filled in from the reference.
+    config.teacher_model = ConfigDict()
+    config.teacher_input = ConfigDict()
+
+    # RangeAugment: in training, how strong augmentation may be is learned.
+    config.range_augment = ConfigDict()
+    # Peak signal-to-noise ratio in dB that augmented images are to have, at the start and in the
+    # end, such as (40.0, 30.0); () for no such augmentation.
+    config.range_augment.psnr = ()
+    # Of the loss that keeps them there.
+    config.range_augment.weight = 1.0
+    # models/range_augment.py:OPERATIONS.
+    config.range_augment.operations = ("brightness", "contrast", "noise")
+
     # What the network wants to see; travels with its weights (data/transforms.py:InputSpec).
     config.input = ConfigDict()
     # Height and width.

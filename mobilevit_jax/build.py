@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict as Config
 
@@ -22,13 +23,21 @@ from mobilevit_jax import optim, schedule, sharding, steps, writers
 from mobilevit_jax.data import augment, multiscale, pipeline, sources, transforms
 from mobilevit_jax.data.record import DataError, Source
 from mobilevit_jax.models import layers, zoo
-from mobilevit_jax.tasks import classification
+from mobilevit_jax.models.distillation import Distillation, View
+from mobilevit_jax.models.range_augment import RangeAugment
+from mobilevit_jax.tasks import classification, distillation, range_augment
 from mobilevit_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {"classification": classification.classification}
+DISTILLATIONS: dict[str, Callable[..., Task]] = {
+    "soft": distillation.soft,
+    "hard": distillation.hard,
+}
 CONFIG = "config.json"  # in a workdir
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
+# Reference -> family, model, input specification.
+Describe = Callable[[str], tuple[str, zoo.nn.Module, transforms.InputSpec]]
 T = TypeVar("T")
 
 
@@ -49,6 +58,8 @@ class Experiment(NamedTuple):
     """Everything the training loop needs, built. Durations are in steps."""
 
     network: Network
+    # The same in training: inside what is around it only there, with the losses of that.
+    training: Network
     train_source: Source
     val_source: Source
     transform: transforms.Transform
@@ -63,6 +74,7 @@ class Experiment(NamedTuple):
     batch_norm_momentum: schedule.Curve | None
     ema_decay: float
     init: str
+    teacher: str
     freeze_backbone: bool
     # Arguments of evaluate.make.
     evaluation: dict[str, Any]
@@ -152,33 +164,41 @@ def from_json(path: pathlib.Path) -> Config:
 
 def resolve(
     config: Config,
-    describe: Callable[[str], tuple[str, zoo.nn.Module, transforms.InputSpec]],
+    describe: Describe,
     *,
     workdir: pathlib.Path | None,
 ) -> Config:
-    """Fills in what a recipe leaves to the model it begins with (`config.init`).
+    """Fills in what a recipe leaves to the models it takes: `config.init` and `config.teacher`.
 
-    That is the whole of config.model where its name is "", config.input.size and resize where they
-    are zero, and always how pixels are interpolated, ordered and scaled: it goes with the weights.
+    Of the first that is the whole of config.model where its name is "", config.input.size and
+    resize where they are zero, and always how pixels are interpolated, ordered and scaled: it goes
+    with the weights. Of the second it is config.teacher_model and config.teacher_input.
 
     Args:
         config: as the recipe and the command line have it.
         describe: reference -> family, model, input specification.
-        workdir: of the run, if there is one; one that began with the same model already knows it,
-            so that going on needs the reference no more.
+        workdir: of the run, if there is one; one that began with the same models already knows
+            them, so that going on needs the references no more.
 
     Raises:
         ConfigError: the recipe leaves the network to a model, and none is given.
     """
-    if not config.init:
-        if not config.model.name:
-            raise ConfigError(
-                "config.init is empty, and this recipe begins with a trained model: give its "
-                "reference, --config.init=REFERENCE"
-            )
-        return config
     path = workdir and workdir / CONFIG
     before = from_json(path) if path and path.exists() else None
+    if config.init:
+        config = _with_init(config, describe, before)
+    elif not config.model.name:
+        raise ConfigError(
+            "config.init is empty, and this recipe begins with a trained model: give its "
+            "reference, --config.init=REFERENCE"
+        )
+    if config.teacher:
+        config = _with_teacher(config, describe, before)
+    return config
+
+
+def _with_init(config: Config, describe: Describe, before: Config | None) -> Config:
+    """The config with what it leaves to the model that it begins with."""
     if before is not None and before.init == config.init:
         group, spec = plain(before.model), input_spec(before)
     else:
@@ -192,6 +212,20 @@ def resolve(
         if not config.model.name:
             config.model = Config(group)
         config.input = Config(spec._asdict())
+    return config.lock()
+
+
+def _with_teacher(config: Config, describe: Describe, before: Config | None) -> Config:
+    """The config with what its teacher is and how it wants its images."""
+    if before is not None and before.teacher == config.teacher:
+        group, spec = plain(before.teacher_model), plain(before.teacher_input)
+    else:
+        family, model, input_spec = describe(config.teacher)
+        group = {"name": family, "num_classes": model.num_classes, **plain(zoo.fields(model))}
+        spec = input_spec._asdict()
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.teacher_model, config.teacher_input = Config(group), Config(spec)
     return config.lock()
 
 
@@ -235,6 +269,89 @@ def network(config: Config, class_names: tuple[str, ...]) -> Network:
         input_spec=spec,
         class_names=class_names,
     )
+
+
+def training(config: Config, network: Network, epoch_starts: schedule.EpochStarts) -> Network:
+    """The network as it is trained: inside what is around it only there, with the losses of that.
+
+    The parameters keep their paths; those of learned augmentation, and the teacher, come to them.
+
+    Args:
+        config: resolved.
+        network: as it is used.
+        epoch_starts: first step of every epoch.
+
+    Raises:
+        ConfigError: a teacher that does not go with the network, or an argument out of range.
+    """
+    trained = _with_range_augment(config, _distilled(config, network), epoch_starts)
+    if config.freeze_backbone and trained is not network:
+        raise ConfigError(
+            "config.freeze_backbone computes as in evaluation, where there is neither a teacher "
+            "nor config.range_augment: leave out one of them"
+        )
+    return trained
+
+
+def _distilled(config: Config, network: Network) -> Network:
+    """The network beside the teacher, if the config has one."""
+    kind = config.distillation.name
+    if bool(config.teacher) != (kind != "none"):
+        raise ConfigError(
+            f"config.distillation.name is {kind!r}, and config.teacher is {config.teacher!r}: give "
+            "a teacher, --config.teacher=REFERENCE, and choose how to learn from it, "
+            "--config.distillation.name=soft|hard; or neither"
+        )
+    if not config.teacher:
+        return network
+    classes = len(network.class_names)
+    if config.teacher_model.num_classes != classes:
+        raise ConfigError(
+            f"config.teacher: {config.teacher} has {config.teacher_model.num_classes} classes, and "
+            f"the images have {classes}"
+        )
+    group = plain(config.distillation)
+    task = _call("distillation", DISTILLATIONS, group, task=network.task, num_classes=classes)
+    with _reading("teacher"):
+        spec = transforms.InputSpec(**plain(config.teacher_input))
+        teacher = zoo.create(dtype=DTYPES[config.dtype], **plain(config.teacher_model))
+        model = Distillation(network.model, teacher, _view(network.input_spec, spec))
+        steps.abstract_variables(model, network.input_spec.size)
+    return network._replace(model=model, task=task)
+
+
+def _view(student: transforms.InputSpec, teacher: transforms.InputSpec) -> View:
+    """How a teacher has to look at an image that is normalised for its student."""
+    mean, std = np.array(student.mean), np.array(student.std)
+    reverse = student.channel_order != teacher.channel_order
+    if reverse:
+        mean, std = mean[::-1], std[::-1]
+    scale, offset = std / teacher.std, (mean - teacher.mean) / teacher.std
+    return View(reverse, tuple(scale.tolist()), tuple(offset.tolist()))
+
+
+def _with_range_augment(
+    config: Config, network: Network, epoch_starts: schedule.EpochStarts
+) -> Network:
+    """The network behind learned augmentation, if the config has it."""
+    group = plain(config.range_augment)
+    psnr = group.pop("psnr")
+    if not psnr:
+        return network
+    spec = network.input_spec
+    if spec.mean != (0.0, 0.0, 0.0) or spec.std != (1.0, 1.0, 1.0):
+        raise ConfigError(
+            "config.range_augment works on pixels of 0..1: config.input.mean must be (0, 0, 0) and "
+            f"std (1, 1, 1), not {spec.mean} and {spec.std}"
+        )
+    with _reading("range_augment"):
+        model = RangeAugment(network.model, operations=group["operations"])
+        steps.abstract_variables(model, spec.size)  # what a module rejects, it rejects when called
+        target = range_augment.target_mse(psnr, epoch_starts=epoch_starts)
+        task = range_augment.with_augmentation_loss(
+            network.task, target=target, weight=group["weight"]
+        )
+    return network._replace(model=model, task=task)
 
 
 def task(config: Config) -> Task:
@@ -457,8 +574,10 @@ def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
         tx = optim.head_only(tx)
     if config.dtype == "float16":
         tx = optim.loss_scaled(tx)
+    used = network(config, train_source.class_names)
     run = Experiment(
-        network=network(config, train_source.class_names),
+        network=used,
+        training=training(config, used, epoch_starts),
         train_source=train_source,
         val_source=val_source,
         transform=transform(config),
@@ -472,6 +591,7 @@ def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
         batch_norm_momentum=_batch_norm_momentum(config, warmup, epoch_starts),
         ema_decay=config.ema_decay,
         init=config.init,
+        teacher=config.teacher,
         freeze_backbone=config.freeze_backbone,
         evaluation=evaluation(config),
         workers=workers(config),

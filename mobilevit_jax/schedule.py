@@ -134,7 +134,7 @@ def cosine_by_epoch(
         spared = int(np.searchsorted(epoch_starts, max(warmup - 1, 0), side="right")) - 1
         late = spared + 1
     rates = [
-        round(_half_cosine(peak, final, (epoch - late) / (epochs - spared)), 8)
+        round(half_cosine(peak, final, (epoch - late) / (epochs - spared)), 8)
         for epoch in range(epochs)
     ]
     falling = by_epoch(rates, epoch_starts=epoch_starts)
@@ -237,8 +237,7 @@ def batch_norm_momentum(*, final: float, warmup: int, epoch_starts: EpochStarts)
         raise ValueError(f"{final} must be above 0 and at most {BATCH_NORM_MOMENTUM}")
     epochs = len(epoch_starts)
     values = [
-        round(_half_cosine(BATCH_NORM_MOMENTUM, final, epoch / epochs), 6)
-        for epoch in range(epochs)
+        round(half_cosine(BATCH_NORM_MOMENTUM, final, epoch / epochs), 6) for epoch in range(epochs)
     ]
     falling = by_epoch(values, epoch_starts=epoch_starts)
     return _warm_up(falling, warmup=warmup, init=BATCH_NORM_MOMENTUM, peak=BATCH_NORM_MOMENTUM)
@@ -256,7 +255,8 @@ def by_epoch(values: Sequence[float], *, epoch_starts: EpochStarts) -> Curve:
     return curve
 
 
-def _half_cosine(high: float, low: float, share: float) -> float:
+def half_cosine(high: float, low: float, share: float) -> float:
+    """From `high` at share 0 to `low` at share 1."""
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * share))
 
 

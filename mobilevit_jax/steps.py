@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, UInt8
 
 from mobilevit_jax import optim
 from mobilevit_jax.data.transforms import InputSpec
+from mobilevit_jax.models import distillation, range_augment
 from mobilevit_jax.schedule import BATCH_NORM_MOMENTUM, Curve
 from mobilevit_jax.tasks.task import Batch, Task
 from mobilevit_jax.tree import Tree
@@ -35,9 +36,9 @@ class TrainState:
     Attributes:
         step: number of optimiser steps done, int32.
         params: parameters, float32.
-        model_state: the other collections of the model (batch statistics).
+        model_state: the other collections of the model (batch statistics, a teacher's weights).
         opt_state: optimiser state.
-        ema: {"params", "model_state"}, the exponential moving average of both.
+        ema: {"params", "model_state"}, the exponential moving average of both, where they change.
     """
 
     # Trees all of them: the same struct also holds shapes, shardings and numpy arrays.
@@ -48,10 +49,21 @@ class TrainState:
     ema: Tree
 
     def variables(self, weights: str) -> dict[str, Tree]:
-        """What `model.apply` takes, with the "raw" or the "ema" weights."""
-        if weights == "ema":
-            return {"params": self.ema["params"], **self.ema["model_state"]}
-        return {"params": self.params, **self.model_state}
+        """What the network takes when it is used, with the "raw" or the "ema" weights.
+
+        It is then without what is around it in training only, and so are the variables.
+        """
+        average = weights == "ema"
+        params = self.ema["params"] if average else self.params
+        model_state = self.ema["model_state"] if average else self.model_state
+        own = {name: value for name, value in params.items() if name != range_augment.PARAMS}
+        rest = {n: value for n, value in model_state.items() if n != distillation.TEACHER}
+        return {"params": own, **rest}
+
+
+def changing(model_state: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The collections that change in training."""
+    return {name: value for name, value in model_state.items() if name in MODEL_STATE}
 
 
 def normalize(image: UInt8[Array, "b h w 3"], input_spec: InputSpec) -> Float[Array, "b h w 3"]:
@@ -75,7 +87,7 @@ def init_variables(model: nn.Module, seed: int, size: tuple[int, int]) -> dict[s
         jax.random.key(seed),
         jnp.zeros((1, *size, 3)),
         # Named, so that what a model sows for those who look at it is no part of the state.
-        mutable=["params", *MODEL_STATE],
+        mutable=["params", *MODEL_STATE, distillation.TEACHER],
     )
     return dict(variables)
 
@@ -98,7 +110,10 @@ def run_once(function: Callable[[], T], out_shardings: Tree = None) -> T:
 def init_state(
     seed: int, *, model: nn.Module, tx: optax.GradientTransformation, size: tuple[int, int]
 ) -> TrainState:
-    """Fresh weights for images of `size` (h, w); the average starts as a copy of them."""
+    """Fresh weights for images of `size` (h, w); the average starts as a copy of them.
+
+    A teacher has none yet (models/distillation.py).
+    """
     variables = init_variables(model, seed, size)
     params = variables["params"]
     model_state = {name: value for name, value in variables.items() if name != "params"}
@@ -108,7 +123,7 @@ def init_state(
         model_state=model_state,
         opt_state=tx.init(params),
         # Copied: the train step is donated its state, and a buffer cannot be donated twice.
-        ema=jax.tree.map(jnp.copy, {"params": params, "model_state": model_state}),
+        ema=jax.tree.map(jnp.copy, {"params": params, "model_state": changing(model_state)}),
     )
 
 
@@ -163,25 +178,30 @@ def train_step(
     scaled = isinstance(state.opt_state, optim.LossScaleState)
     scale = state.opt_state.scale if scaled else 1.0
     rng_mix, rng_dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    batch = task.mix(dict(batch) | {"image": normalize(batch["image"], input_spec)}, rng_mix)
+    given = {
+        "image": normalize(batch["image"], input_spec),
+        "step": jnp.full(batch["mask"].shape, state.step),
+    }
+    batch = task.mix(dict(batch) | given, rng_mix)
 
     def loss_fn(params: Tree, model_state: Tree, part: Batch, rng: jax.Array) -> tuple:
-        outputs, new_model_state = model.apply(
-            {"params": gather(params) if gather else params, **model_state},
+        variables = {"params": params, **model_state}
+        outputs, changed = model.apply(
+            gather(variables) if gather else variables,
             part["image"],
             train=not freeze_backbone,
             mutable=list(MODEL_STATE),
-            rngs={"dropout": rng},
+            rngs={"dropout": rng, "augment": jax.random.fold_in(rng, 0)},
         )
         if batch_norm_momentum is not None:
             # The network moved its running averages by BATCH_NORM_MOMENTUM times their distance to
             # the batch's statistics. As that is linear, a share of the way is a smaller momentum.
             share = batch_norm_momentum(state.step) / BATCH_NORM_MOMENTUM
-            new_model_state = jax.tree.map(
-                lambda old, new: old + share * (new - old), model_state, dict(new_model_state)
+            changed = jax.tree.map(
+                lambda old, new: old + share * (new - old), changing(model_state), dict(changed)
             )
         loss = task.loss(outputs, part)
-        return loss * scale, (loss, new_model_state)
+        return loss * scale, (loss, {**model_state, **changed})
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accum == 1:
@@ -215,7 +235,7 @@ def train_step(
     ema = jax.tree.map(
         lambda average, new: average * ema_decay + new * (1.0 - ema_decay),
         state.ema,
-        {"params": params, "model_state": model_state},
+        {"params": params, "model_state": changing(model_state)},
     )
     metrics = {
         "loss": loss,

@@ -39,6 +39,7 @@ from mobilevit_jax import (
 )
 from mobilevit_jax.data import multiscale, pipeline, transforms
 from mobilevit_jax.models import zoo
+from mobilevit_jax.models.distillation import TEACHER
 from mobilevit_jax.tree import Tree
 
 # What the numbers of a run may depend on.
@@ -107,7 +108,8 @@ def train(
         config: the resolved config.
         workdir: made where it is missing; everything about the run lies there.
         command: what was typed, for the record.
-        load: reads the variables of the model reference that `config.init` may hold.
+        load: reads the variables of the model references that `config.init` and `config.teacher`
+            may hold.
         trace_steps: first and last step to record in the workdir's `trace/`; None for none.
         dry_run: takes two steps on made-up images.
 
@@ -126,7 +128,11 @@ def train(
 
     # 4 Abstract state and shardings; arrays are born sharded.
     init = functools.partial(
-        steps.init_state, run.seed, model=network.model, tx=run.tx, size=network.input_spec.size
+        steps.init_state,
+        run.seed,
+        model=run.training.model,
+        tx=run.tx,
+        size=network.input_spec.size,
     )
     abstract_state = build.placed(jax.eval_shape(init), run)
     shardings = sharding.shardings(abstract_state)
@@ -139,8 +145,9 @@ def train(
             state = restored.state
         else:
             state = steps.run_once(init, shardings)
-            if run.init:
-                state = _warm_start(state, load(run.init), run.init, shardings)
+            for reference, put in ((run.init, _warm_start), (run.teacher, _put_teacher)):
+                if reference:
+                    state = put(state, load(reference), reference, shardings)
         start = restored.step if restored else 0
         best = checkpoints.best_metric()
         # Only now: a config that does not fit the checkpoints must not take the place of the one
@@ -301,36 +308,51 @@ def _warm_start(
         reference: of the other model, for messages.
         shardings: of the leaves of the state.
     """
+    fresh = state.variables("raw")
     params = dict(variables["params"])
-    model_state = {name: variables[name] for name in state.model_state}
+    model_state = {name: variables[name] for name in fresh if name != "params"}
     if tree.difference(state.params["head"], params.get("head", {})):
         classes = state.params["head"]["bias"].size
         _tell(f"{reference} has other classes: a fresh head for {classes} classes takes its place")
         params["head"] = jax.tree.map(processes.fetch, state.params["head"])
-    checkpoint.check_matches(
-        {"params": state.params, **state.model_state},
-        {"params": params, **model_state},
-        where=reference,
-    )
+    checkpoint.check_matches(fresh, {"params": params, **model_state}, where=reference)
+
+    def put(now: Mapping[str, Tree], weights: Mapping[str, Tree], where: Tree) -> dict[str, Tree]:
+        # What is there in training only stays as it is.
+        return {**now, **{name: jax.device_put(weights[name], where[name]) for name in weights}}
+
     return dataclasses.replace(
         state,
-        params=jax.device_put(params, shardings.params),
-        model_state=jax.device_put(model_state, shardings.model_state),
+        params=put(state.params, params, shardings.params),
+        model_state=put(state.model_state, model_state, shardings.model_state),
         # Put twice: the train step is donated its state, and a buffer cannot be donated twice.
-        ema=jax.device_put({"params": params, "model_state": model_state}, shardings.ema),
+        ema={
+            "params": put(state.ema["params"], params, shardings.ema["params"]),
+            "model_state": put(state.ema["model_state"], model_state, shardings.ema["model_state"]),
+        },
     )
+
+
+def _put_teacher(
+    state: steps.TrainState, variables: dict[str, Tree], reference: str, shardings: steps.TrainState
+) -> steps.TrainState:
+    """Puts the weights of the teacher into a fresh state."""
+    collection = {"variables": variables}
+    checkpoint.check_matches(state.model_state[TEACHER]["variables"], variables, where=reference)
+    where = shardings.model_state[TEACHER]
+    model_state = {**state.model_state, TEACHER: jax.device_put(collection, where)}
+    return dataclasses.replace(state, model_state=model_state)
 
 
 def bound_step(run: build.Experiment) -> Callable[..., Any]:
     """The train step of a run: (state, batch) -> (state, metrics)."""
-    network = run.network
     return functools.partial(
         steps.train_step,
-        model=network.model,
-        task=network.task,
+        model=run.training.model,
+        task=run.training.task,
         tx=run.tx,
         curve=run.curve,
-        input_spec=network.input_spec,
+        input_spec=run.training.input_spec,
         seed=run.seed,
         ema_decay=run.ema_decay,
         accum=run.accum,

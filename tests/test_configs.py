@@ -50,10 +50,15 @@ RECIPES = {
         "version=3,variant=small",
         "version=3,variant=large",
     ),
+    "imagenet_distill": ("kind=hard",),
+    "imagenet_mobilevit_range_augment": ("teacher=soft",),
 }
-# One of each network.
+# One of each network, and of each way to be taught.
 SHAPED = (
     *(name for name, arguments in RECIPES.items() if not arguments),
+    "imagenet_distill:kind=soft",
+    "imagenet_distill:kind=hard",
+    "imagenet_mobilevit_range_augment:teacher=soft",
     "imagenet_mobilevit:variant=xxs",
     "imagenet_mobilevit_v2:width=0.5",
     "imagenet_mobilevit_v2_384:width=0.5",
@@ -76,6 +81,7 @@ BAD_ARGUMENTS = [
     ("imagenet_mobilevit_v2_384:width=1.0,from=21k", r"from=21k is for width=1.5\|1.75\|2.0"),
     ("imagenet21k_mobilevit_v2:width=1.0", r"width is '1.0'; there are width=1.5\|1.75\|2.0"),
     ("imagenet_mobilenet:version=3,width=0.5", "version=3 comes by variant, and has no width"),
+    ("imagenet_distill:kind=firm", r"kind is 'firm'; there are kind=soft\|hard"),
     ("imagenet_mobilenet:version=4", r"version is '4'; there are version=1\|2\|3"),
 ]
 
@@ -148,6 +154,8 @@ def test_numbers_may_be_written_in_any_way():
         ("imagenet_mobilevit_v2_384", (128,)),
         ("imagenet21k_mobilevit_v2", (4096,)),
         ("imagenet_mobilevit_v2_from21k", (256,)),
+        ("imagenet_distill", (4 * 392, 4 * 174, 4 * 128, 4 * 77, 4 * 62)),
+        ("imagenet_mobilevit_range_augment", (8 * 327, 8 * 227, 8 * 128, 8 * 101, 8 * 81)),
     ],
 )
 def test_batches_of_the_published_recipes(recipe, batches):
@@ -188,6 +196,8 @@ def test_rates_of_the_published_recipes(recipe, epoch, rate, monkeypatch):
         ("imagenet_mobilevit_v2:width=1.25", 20000, 1e-6, 0.0049),
         ("imagenet_mobilenet:version=1", 7500, 0.05, 0.4),
         ("imagenet_mobilenet:version=3", 3000, 0.1, 0.8),
+        ("imagenet_distill", 7500, 0.05, 0.4),
+        ("imagenet_mobilevit_range_augment", 20000, 2e-4, 2e-3),
     ],
 )
 def test_warm_ups_of_the_published_recipes(recipe, warmup, init, peak, monkeypatch):
@@ -219,11 +229,12 @@ def experiment(recipe, monkeypatch):
     """A run of a recipe on as many images as ImageNet-1k has, without its network."""
     monkeypatch.setattr(build, "source", lambda config, split: Stub(10, IMAGES))
     monkeypatch.setattr(build, "network", lambda config, class_names: None)
+    monkeypatch.setattr(build, "training", lambda config, network, epoch_starts: None)
     return build.experiment(load(recipe))
 
 
 def describe(reference):
-    model = zoo.create("mobilevit_v2", num_classes=5, width=0.5)
+    model = zoo.create("mobilevit_v2", num_classes=1000, width=0.5)
     return "mobilevit_v2", model, SPEC._replace(size=(64, 64), resize=64)
 
 
@@ -232,6 +243,7 @@ def test_dry_run_by_shape(recipe):
     """What launch.py train --dry_run compiles, at the batch and image sizes of the recipe."""
     config = load(recipe)
     config.init = config.init or "" if config.model.name else "somewhere"
+    config.teacher = "" if config.distillation.name == "none" else "somewhere"
     run = build.experiment(build.resolve(config, describe, workdir=None), dry_run=True)
     assert (run.total_steps, run.eval_every, run.save_every) == (2, 2, 2)
     assert len(run.val_source) == run.evaluation["batch_size"]
@@ -241,7 +253,7 @@ def test_dry_run_by_shape(recipe):
         assert len(run.train_source) == config.dry_run.train > 1e6
     network = run.network
     init = functools.partial(
-        steps.init_state, 0, model=network.model, tx=run.tx, size=network.input_spec.size
+        steps.init_state, 0, model=run.training.model, tx=run.tx, size=network.input_spec.size
     )
     state = jax.eval_shape(init)
     # One of the sizes: the smallest, which is not the one that the state was made with.
@@ -250,10 +262,12 @@ def test_dry_run_by_shape(recipe):
     new_state, metrics = jax.eval_shape(train.bound_step(run), state, batch)
     assert tree.difference(state, new_state) == []
     assert metrics["loss"].shape == ()
-    batch = sharding.abstract_batch(run.mesh, batch_size=8, size=network.input_spec.size)
+    used = steps.abstract_variables(network.model, network.input_spec.size)
+    for weights in ("raw", "ema"):
+        assert tree.difference(used, state.variables(weights)) == []
     outputs = jax.eval_shape(
         functools.partial(network.model.apply, train=False),
-        state.variables("ema"),
+        used,
         jax.ShapeDtypeStruct((8, *network.input_spec.size, 3), "float32"),
     )
     assert outputs["logits"].shape == (8, len(network.class_names))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mobilevit_jax.tasks import mixing
 from mobilevit_jax.tasks.scores import reached
-from mobilevit_jax.tasks.task import Batch, Outputs, Task
+from mobilevit_jax.tasks.task import Batch, Outputs, Task, masked_mean
 
 
 def cross_entropy(
@@ -107,8 +107,7 @@ def classification(
             # Cross-entropy is linear in the target, and smoothing is too.
             other = cross_entropy(logits, batch["partner"], smoothing=label_smoothing)
             each = batch["share"] * each + (1.0 - batch["share"]) * other
-        mask = batch["mask"].astype(jnp.float32)
-        return jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+        return masked_mean(each, batch["mask"])
 
     def sums(outputs: Outputs, batch: Batch) -> dict[str, Float[Array, ""]]:
         logits, label = outputs["logits"], batch["label"]

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Batch = dict[str, Array]
 Outputs = Any  # Mapping[str, Array or tuple of Arrays]; the keys decide which
@@ -20,7 +21,8 @@ class Task(NamedTuple):
 
     Attributes:
         mix: (batch, rng) -> batch; mixes examples of a training batch (mixup, cutmix).
-        loss: (outputs, batch) -> scalar; mean over the valid examples, differentiable.
+        loss: (outputs, batch) -> scalar; mean over the valid examples, differentiable. The train
+            step adds `step`, int32 b, to the batch: the number of the step, in every row.
         sums: (outputs, batch) -> scalars or vectors by name, each a sum over the valid examples,
             with "count"; sums of batches add up to the sum of the split.
         summarize: sums on the host -> metrics by name.
@@ -32,3 +34,9 @@ class Task(NamedTuple):
     sums: Callable[[Outputs, Batch], dict[str, Float[Array, "..."]]]
     summarize: Callable[[Mapping[str, np.ndarray | float]], dict[str, float]]
     predict: Callable[[Outputs], dict[str, Array]]
+
+
+def masked_mean(each: Float[Array, " b"], mask: Bool[Array, " b"]) -> Float[Array, ""]:
+    """Mean over the valid examples; 0 where there is none."""
+    weight = mask.astype(jnp.float32)
+    return jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1.0)
