@@ -314,7 +314,7 @@ def _distilled(config: Config, network: Network) -> Network:
     task = _call("distillation", DISTILLATIONS, group, task=network.task, num_classes=classes)
     with _reading("teacher"):
         spec = transforms.InputSpec(**plain(config.teacher_input))
-        teacher = zoo.create(dtype=DTYPES[config.dtype], **plain(config.teacher_model))
+        teacher = zoo.create(dtype=network.model.dtype, **plain(config.teacher_model))
         model = Distillation(network.model, teacher, _view(network.input_spec, spec))
         steps.abstract_variables(model, network.input_spec.size)
     return network._replace(model=model, task=task)

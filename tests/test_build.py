@@ -8,6 +8,7 @@ import pytest
 
 from mobilevit_jax import build, optim
 from mobilevit_jax.models import zoo
+from mobilevit_jax.models.distillation import View
 from tests import tiny
 from tests.nets import SPEC
 from tests.test_configs import load
@@ -80,3 +81,67 @@ def test_a_run_in_float16_scales_its_loss_and_one_may_compute_stages_again():
     assert isinstance(state, optim.LossScaleState)
     # It is how the network is trained, and no part of what it is.
     assert not {"remat", "dtype"} & set(zoo.fields(run.network.model))
+
+
+def test_the_teacher_comes_from_its_reference(tmp_path):
+    config = load("imagenet_distill")
+    config.teacher = "somewhere"
+    resolved = build.resolve(config, describe, workdir=tmp_path)
+    assert resolved.model == config.model
+    assert resolved.input == config.input
+    assert (resolved.teacher_model.name, resolved.teacher_model.width) == ("mobilevit_v2", 0.75)
+    assert resolved.teacher_model.num_classes == 5
+    assert build.plain(resolved.teacher_input) == SPEC._asdict()
+    (tmp_path / "config.json").write_text(build.to_json(resolved))
+    again = build.resolve(config, lambda reference: 1 / 0, workdir=tmp_path)
+    assert json.loads(build.to_json(again)) == json.loads(build.to_json(resolved))
+    with pytest.raises(ZeroDivisionError):  # another teacher is asked for
+        config.teacher = "elsewhere"
+        build.resolve(config, lambda reference: 1 / 0, workdir=tmp_path)
+
+
+def training(config, *, classes=5):
+    config = build.resolve(config, describe, workdir=None)
+    network = build.network(config, tuple("abcdefgh"[:classes]))
+    return network, build.training(config, network, [0, 100])
+
+
+def test_around_the_network_in_training():
+    config = load("imagenet_mobilevit_range_augment:teacher=soft")
+    config.teacher = "somewhere"
+    network, trained = training(config)
+    assert trained.model.network.student == network.model
+    assert trained.model.network.teacher.width == 0.75
+    # BGR and RGB, without mean and deviation.
+    assert trained.model.network.view == View(reverse_channels=True)
+    assert trained.task._replace(loss=None) == network.task._replace(loss=None)
+    network, trained = training(load("imagenet_mobilenet"))
+    assert trained is network
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("imagenet_distill", {"teacher": ""}, "give a teacher, --config.teacher=REFERENCE"),
+        ("imagenet_mobilenet", {"teacher": "somewhere"}, "choose how to learn from it"),
+        ("imagenet_distill", {"classes": 4}, "somewhere has 5 classes, and the images have 4"),
+        ("imagenet_distill", {"distillation.temperature": 0.0}, "temperature is 0.0"),
+        ("imagenet_distill:kind=hard", {"distillation.top": 6}, "from 1 to the 5 classes"),
+        ("imagenet_distill", {"distillation.name": "medium"}, "there are hard, soft"),
+        ("imagenet_distill", {"freeze_backbone": True}, "config.freeze_backbone computes as in"),
+        ("base", {"range_augment.psnr": (40.0,)}, "config.range_augment: psnr is"),
+        ("base", {"range_augment.operations": ("hue",)}, "choose from brightness, contrast, noise"),
+        ("base", {"range_augment.weight": -1.0}, "config.range_augment: weight is -1.0"),
+        ("base", {"input.std": (0.5, 0.5, 0.5)}, "works on pixels of 0..1"),
+    ],
+)
+def test_what_does_not_go_together(recipe, changes, message):
+    config = load(recipe)
+    classes = changes.pop("classes", 5)
+    if recipe == "base":
+        config.range_augment.psnr = (40.0, 30.0)
+    else:
+        config.teacher = "" if recipe == "imagenet_mobilenet" else "somewhere"
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(build.ConfigError, match=message):
+        training(config, classes=classes)

@@ -9,9 +9,12 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from mobilevit_jax import optim, schedule, sharding, steps
-from mobilevit_jax.tasks import classification
+from mobilevit_jax import optim, schedule, sharding, steps, tree
+from mobilevit_jax.models.distillation import TEACHER, Distillation
+from mobilevit_jax.models.range_augment import PARAMS, RangeAugment
+from mobilevit_jax.tasks import classification, distillation, range_augment
 from tests.nets import SPEC, Tiny
+from tests.weights import random_variables
 
 CURVE = schedule.constant(peak=1e-2, total=100, warmup=0, init=0.0)
 TX = optim.adamw(
@@ -166,15 +169,17 @@ def test_momentum_of_batch_norm_is_that_of_a_norm_with_it(accum):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_one_device_and_four_agree():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_device_and_four_agree(wrapped):
     assert jax.device_count() == 4
-    model, batch = Tiny(), make_batch(0)
-    results = []
+    batch = make_batch(0)
+    before, bound = taught() if wrapped else (init(Tiny()), bind(Tiny()))
+    before, results = jax.device_get(before), []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = Mesh(np.asarray(devices).reshape(-1, 1), sharding.AXES)
         everywhere = sharding.replicated(mesh)
-        state = jax.jit(lambda: init(model), out_shardings=everywhere)()
-        step = jax.jit(bind(model), out_shardings=everywhere)
+        state = jax.device_put(before, everywhere)
+        step = jax.jit(bound, out_shardings=everywhere)
         for _ in range(3):
             state, metrics = step(state, sharding.put_batch(jax.device_get(batch), mesh))
         results.append((jax.device_get(state.params), float(metrics["loss"])))
@@ -182,6 +187,65 @@ def test_one_device_and_four_agree():
     assert one_loss == pytest.approx(four_loss, rel=1e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def taught(**changes):
+    """A state and a step with all that may be around a network in training."""
+    model = RangeAugment(Distillation(Tiny(), Tiny()))
+    before = init(model)
+    weights = jax.tree.map(jnp.asarray, random_variables(Tiny(), seed=1, size=SPEC.size))
+    before = before.replace(model_state=before.model_state | {TEACHER: {"variables": weights}})
+    task = range_augment.with_augmentation_loss(
+        distillation.soft(classification.classification(), num_classes=3),
+        target=range_augment.target_mse((40.0, 20.0), epoch_starts=[0, 2]),
+        weight=1.0,
+    )
+    return before, bind(model, task=task, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accum": 2, "batch_norm_momentum": schedule.by_epoch([0.05], epoch_starts=[0])}],
+)
+def test_a_teacher_stays_as_it_is_and_is_not_averaged(changes):
+    before, step = taught(skip_non_finite=True, **changes)
+    after, metrics = jax.jit(step)(before, make_batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert leaves_equal(before.model_state[TEACHER], after.model_state[TEACHER])
+    assert not leaves_equal(before.model_state["batch_stats"], after.model_state["batch_stats"])
+    assert after.ema["model_state"].keys() == {"batch_stats"}
+    for name, old in before.params[PARAMS].items():
+        new, average = after.params[PARAMS][name], after.ema["params"][PARAMS][name]
+        assert new != old
+        assert float(average) == pytest.approx(0.9 * float(old) + 0.1 * float(new), abs=1e-7)
+    alone = steps.abstract_variables(Tiny(), SPEC.size)
+    for weights in ("raw", "ema"):
+        assert tree.difference(alone, after.variables(weights)) == []
+
+
+def test_a_student_comes_to_say_what_its_teacher_does():
+    """Also where the labels say something else."""
+    model = Distillation(Tiny(), Tiny())
+    before, _ = taught()
+    state = init(model)
+    state = state.replace(model_state=before.model_state)
+    task = distillation.soft(classification.classification(), num_classes=3)
+    step, batch = jax.jit(bind(model, task=task)), make_batch(0)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize(("accum", "rows"), [(1, 16), (2, 8)])
+def test_the_loss_is_told_the_step(accum, rows):
+    task = classification.classification()._replace(
+        loss=lambda outputs, batch: jnp.sum(batch["step"] + 0.0 * outputs["logits"].sum())
+    )
+    state = init(Tiny()).replace(step=jnp.asarray(7))
+    _, metrics = jax.jit(bind(Tiny(), task=task, accum=accum))(state, make_batch(0))
+    assert float(metrics["loss"]) == 7 * rows
 
 
 def test_dropout_is_a_function_of_seed_and_step():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mobilevit_jax import checkpoint, sharding, steps, train
+from mobilevit_jax.models.distillation import TEACHER, Distillation
+from mobilevit_jax.models.range_augment import PARAMS, RangeAugment
 from tests.nets import SPEC, Tiny
 from tests.test_steps import TX
 
@@ -42,6 +44,32 @@ def test_warm_start_makes_the_head_anew_for_other_classes(capsys):
     np.testing.assert_array_equal(
         started.params["stem"]["kernel"], variables["params"]["stem"]["kernel"]
     )
+
+
+def test_warm_start_leaves_what_is_around_the_network():
+    variables = variables_of(state_of(Tiny()))
+    state = state_of(RangeAugment(Distillation(Tiny(), Tiny())))
+    started = warm(state, variables)
+    for weights in ("raw", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, started.variables(weights), variables)
+    assert started.params[PARAMS] == state.params[PARAMS]
+    assert started.ema["params"].keys() == started.params.keys()
+    assert started.ema["model_state"].keys() == {"batch_stats"}
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(started.model_state[TEACHER]))
+
+
+def test_a_teacher_is_put_beside_its_student():
+    state = state_of(Distillation(Tiny(), Tiny()))
+    variables = variables_of(state_of(Tiny()))
+    placed = sharding.shardings(sharding.by_rules(state, sharding.make_mesh(), ()))
+    started = train._put_teacher(state, variables, "somewhere", placed)
+    own = started.model_state[TEACHER]["variables"]
+    jax.tree.map(np.testing.assert_array_equal, own, variables)
+    assert started.params is state.params
+    assert started.ema is state.ema
+    variables["params"]["stem"]["kernel"] = np.zeros((5, 5, 3, 8))
+    with pytest.raises(checkpoint.MismatchError, match="weights in somewhere are of another"):
+        train._put_teacher(state, variables, "somewhere", placed)
 
 
 def test_warm_start_refuses_another_network():
