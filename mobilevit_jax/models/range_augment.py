@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 PARAMS = "range_augment"  # the entry
 
@@ -113,7 +113,9 @@ class RangeAugment(nn.Module):
 def augment(
     image: Float[Array, "b h w 3"], ranges: Mapping[str, tuple[Scalar, Scalar]], rng: jax.Array
 ) -> Float[Array, "b h w 3"]:
-    """Apply all operations, in an order drawn for the batch, each to a half of it drawn anew.
+    """Apply all operations in an order drawn for the batch, each to a half of it of its own.
+
+    A half is rounded down, and is at least one image.
 
     Args:
         image: pixels of 0..1.
@@ -124,26 +126,31 @@ def augment(
         The images, clipped to 0..1.
     """
     rng_order, rng = jax.random.split(rng)
-    order = jax.random.permutation(rng_order, len(ranges))
-    operations = [
-        functools.partial(_to_half, OPERATIONS[name].apply, low, high)
-        for name, (low, high) in ranges.items()
-    ]
+    operations = []
+    for i, (name, (low, high)) in enumerate(ranges.items()):
+        rng_rows, rng_magnitude, rng_apply = jax.random.split(jax.random.fold_in(rng, i), 3)
+        chosen = jax.random.permutation(rng_rows, len(image)) < max(1, len(image) // 2)
+        share = jax.random.uniform(rng_magnitude, (len(image), 1, 1, 1))
+        operation = functools.partial(
+            _to_chosen,
+            apply=OPERATIONS[name].apply,
+            chosen=chosen,
+            magnitude=low + share * (high - low),
+            rng=rng_apply,
+        )
+        operations.append(operation)
+    order = jax.random.permutation(rng_order, len(operations))
     for i in range(len(operations)):
-        image = jax.lax.switch(order[i], operations, image, jax.random.fold_in(rng, i))
+        image = jax.lax.switch(order[i], operations, image)
     return jnp.clip(image, 0.0, 1.0)
 
 
-def _to_half(
-    apply: Callable[[Array, Array, jax.Array], Array],
-    low: Scalar,
-    high: Scalar,
+def _to_chosen(
     image: Float[Array, "b h w 3"],
+    *,
+    apply: Callable[[Array, Array, jax.Array], Array],
+    chosen: Bool[Array, " b"],
+    magnitude: Float[Array, "b 1 1 1"],
     rng: jax.Array,
 ) -> Float[Array, "b h w 3"]:
-    """One operation, on half of the images (rounded down, at least one)."""
-    rng_rows, rng_magnitude, rng_apply = jax.random.split(rng, 3)
-    count = len(image)
-    chosen = jax.random.permutation(rng_rows, count) < max(1, count // 2)
-    magnitude = low + jax.random.uniform(rng_magnitude, (count, 1, 1, 1)) * (high - low)
-    return jnp.where(chosen[:, None, None, None], apply(image, magnitude, rng_apply), image)
+    return jnp.where(chosen[:, None, None, None], apply(image, magnitude, rng), image)
