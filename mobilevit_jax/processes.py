@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
@@ -99,6 +100,12 @@ def is_lead() -> bool:
 def place() -> tuple[int, int]:
     """Index of this process and how many there are, as the input pipeline wants it."""
     return jax.process_index(), jax.process_count()
+
+
+def tell(text: str) -> None:
+    """Says a line on standard error, once for all processes."""
+    if is_lead():
+        print(text, file=sys.stderr, flush=True)
 
 
 def by_lead(function: Callable[[], T]) -> T:

@@ -7,21 +7,14 @@ resumed run asks the data for batch N: the state and the step are all there is t
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import math
 import pathlib
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from clu import parameter_overview
 
 from mobilevit_jax import (
     build,
@@ -36,25 +29,11 @@ from mobilevit_jax import (
     sharding,
     steps,
     tree,
+    workdirs,
 )
-from mobilevit_jax.data import multiscale, pipeline, transforms
-from mobilevit_jax.models import zoo
+from mobilevit_jax.data import multiscale, pipeline
 from mobilevit_jax.models.distillation import TEACHER
 from mobilevit_jax.tree import Tree
-
-# What the numbers of a run may depend on.
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "opencv-python-headless",
-)
-SHEET = 32  # images on a sample sheet
 
 
 class NonFiniteError(Exception):
@@ -124,7 +103,7 @@ def train(
     # compiled.
     run = build.experiment(config, dry_run=dry_run)
     network, mesh = run.network, run.mesh
-    processes.by_lead(lambda: _make(workdir))
+    processes.by_lead(lambda: workdirs.make(workdir))
 
     # 4 Abstract state and shardings; arrays are born sharded.
     init = functools.partial(
@@ -138,7 +117,7 @@ def train(
     shardings = sharding.shardings(abstract_state)
     with contextlib.ExitStack() as stack:
         # 5 Own checkpoint > warm start > scratch.
-        checkpoints = checkpoint.Checkpoints(workdir, keep=run.keep, note=_tell)
+        checkpoints = checkpoint.Checkpoints(workdir, keep=run.keep, note=processes.tell)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(abstract_state)
         if restored:
@@ -153,7 +132,7 @@ def train(
         # Only now: a config that does not fit the checkpoints must not take the place of the one
         # that made them.
         if processes.is_lead():
-            _record(workdir, config, network.class_names, command)
+            workdirs.record(workdir, config, network.class_names, command)
         reporter = stack.enter_context(
             report.Report(
                 workdir if processes.is_lead() else None,
@@ -166,7 +145,7 @@ def train(
             )
         )
         if processes.is_lead():
-            _describe(reporter, run, workdir, state, start)
+            workdirs.describe(reporter, run, workdir, state, start)
         interrupt = stack.enter_context(processes.Interrupt())
 
         # 6 Compile ahead of time.
@@ -200,7 +179,7 @@ def train(
         # 7 Evaluate at step 0, and where the run ended between a save and its evaluation.
         if (
             start == 0 or schedule.due(start, every=run.eval_every, total=run.total_steps)
-        ) and not processes.by_lead(lambda: _evaluated(workdir, start)):
+        ) and not processes.by_lead(lambda: workdirs.evaluated(workdir, start)):
             best = evaluate_and_keep_best(start, best)
 
         # 8 Step, log, save, evaluate.
@@ -228,7 +207,7 @@ def train(
             with reporter.waiting():
                 batch = next(batches)
             if step == 1 and processes.is_lead():
-                _sample_sheet(workdir, batch, network.class_names)
+                workdirs.sample_sheet(workdir, batch, network.class_names)
             shape = run.shapes.at(step - 1)
             state, step_metrics = compiled[shape](state, sharding.put_batch(batch, mesh))
             flops += forecast.flops[shape]
@@ -273,7 +252,7 @@ def train(
         with reporter.pausing("draw"):
             predictions = evaluate.predictions(evaluator, state.variables("ema"))
             if processes.is_lead():
-                _draw(workdir, run, predictions)
+                workdirs.draw(workdir, run, predictions)
         if start < run.total_steps:  # else this start had no step to take
             reporter.note(reporter.goodput()[1])
             if memory := devices.memory():
@@ -282,19 +261,7 @@ def train(
                     f"(predicted {forecast.bytes / 2**20:,.0f})"
                 )
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
-        return processes.by_lead(lambda: _last_evaluation(workdir))
-
-
-def _tell(text: str) -> None:
-    if processes.is_lead():
-        print(text, file=sys.stderr, flush=True)
-
-
-def _make(workdir: pathlib.Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
+        return processes.by_lead(lambda: workdirs.last_evaluation(workdir))
 
 
 def _warm_start(
@@ -313,7 +280,9 @@ def _warm_start(
     model_state = {name: variables[name] for name in fresh if name != "params"}
     if tree.difference(state.params["head"], params.get("head", {})):
         classes = state.params["head"]["bias"].size
-        _tell(f"{reference} has other classes: a fresh head for {classes} classes takes its place")
+        processes.tell(
+            f"{reference} has other classes: a fresh head for {classes} classes takes its place"
+        )
         params["head"] = jax.tree.map(processes.fetch, state.params["head"])
     checkpoint.check_matches(fresh, {"params": params, **model_state}, where=reference)
 
@@ -494,133 +463,3 @@ def _fetch(
     if len(taken) < len(fetched):
         metrics["train/skipped"] = len(fetched) - len(taken)
     return metrics, skipped
-
-
-def _evaluated(workdir: pathlib.Path, step: int) -> bool:
-    rows = report.read_metrics(workdir / "metrics.jsonl")
-    return any(row["step"] == step and "val/loss" in row for row in rows)
-
-
-def _last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
-    rows = report.read_metrics(workdir / "metrics.jsonl")
-    last = next(row for row in reversed(rows) if "val/loss" in row)
-    return {name: value for name, value in last.items() if name.startswith("val")}
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    beside.replace(path)
-
-
-def _record(
-    workdir: pathlib.Path, config: build.Config, class_names: tuple[str, ...], command: str
-) -> None:
-    """Writes down what is run: config.json, labels.json and a line in starts.jsonl."""
-    config_path = workdir / build.CONFIG
-    text = build.to_json(config)
-    if config_path.exists() and config_path.read_text() != text:
-        _tell_changes(json.loads(config_path.read_text()), json.loads(text))
-    _write(config_path, text)
-    _write(workdir / "labels.json", json.dumps(class_names, ensure_ascii=False, indent=0))
-    start = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "host": platform.node(),
-    }
-    with (workdir / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(start) + "\n")
-
-
-def _tell_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = tree.flatten_mapping(old), tree.flatten_mapping(new)
-    changes = [
-        f"{key} {before.get(key, 'unset')} → {after.get(key, 'unset')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-    _tell(f"the config differs from the one this run began with: {'; '.join(changes)}")
-
-
-def _commit() -> str:
-    """The commit of the code that runs, with a + where files differ from it; "" outside git."""
-    root = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _describe(
-    reporter: report.Report,
-    run: build.Experiment,
-    workdir: pathlib.Path,
-    state: steps.TrainState,
-    start: int,
-) -> None:
-    """Says what is about to be trained, on what, from where."""
-    network = run.network
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    _write(workdir / "parameters.txt", overview)
-    reporter.table(zoo.summary(network.model, size=network.input_spec.size))
-    reporter.note(
-        f"{len(run.train_source):,} training and {len(run.val_source):,} validation images of "
-        f"{len(network.class_names)} classes; {run.total_steps:,} steps, "
-        f"{run.shapes.position(run.total_steps):,} images, in {network.model.dtype.__name__} on "
-        f"{_devices()}; workdir {workdir}"
-    )
-    if start:
-        reporter.note(f"resuming after step {start:,} of {run.total_steps:,}")
-
-
-def _devices() -> str:
-    """Such as "16 NVIDIA H100 of 2 processes"."""
-    text = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    return f"{text} of {jax.process_count()} processes" if jax.process_count() > 1 else text
-
-
-def _sample_sheet(
-    workdir: pathlib.Path, batch: Mapping[str, np.ndarray], class_names: tuple[str, ...]
-) -> None:
-    captions = [class_names[label] for label in batch["label"][:SHEET]]
-    report.sample_sheet(
-        workdir / "samples.png",
-        batch["image"][:SHEET],
-        captions,
-        title="first training batch, augmented",
-    )
-
-
-def _draw(workdir: pathlib.Path, run: build.Experiment, predictions: evaluate.Predictions) -> None:
-    """Pictures and tables of a finished run."""
-    names = run.network.class_names
-    report.learning_curves(workdir / "curves.png", report.read_metrics(workdir / "metrics.jsonl"))
-    report.confusion_matrix(
-        workdir / "confusion.png", predictions.label, predictions.predicted, names
-    )
-    report.per_class_csv(workdir / "per_class.csv", predictions.label, predictions.predicted, names)
-    wrong = np.flatnonzero(predictions.label != predictions.predicted)
-    worst = wrong[np.argsort(predictions.label_probability[wrong], kind="stable")][:SHEET]
-    if len(worst):
-        spec = run.network.input_spec
-        view = transforms.evaluation(spec)
-        images = np.empty((len(worst), *spec.size, 3), np.uint8)
-        for image, i in zip(images, worst, strict=True):
-            view(run.val_source[int(predictions.index[i])], image)
-        report.sample_sheet(
-            workdir / "mistakes.png",
-            images,
-            [
-                f"{names[predictions.label[i]]} → {names[predictions.predicted[i]]}\n"
-                f"{100 * predictions.confidence[i]:.0f} %"
-                for i in worst
-            ],
-            title="worst mistakes: label → prediction, confidence",
-        )
