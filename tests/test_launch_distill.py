@@ -22,7 +22,7 @@ from mobilevit_jax.models.range_augment import PARAMS
 from mobilevit_jax.tools import pretrained
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG = "--config=tests/tiny.py"
+CONFIG = "--config=tests/small.py"
 STEPS = 8
 TAUGHT = (
     CONFIG,

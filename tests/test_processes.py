@@ -33,10 +33,6 @@ SGD = (
 )
 
 
-# Half a minute less to compile than the network of tests/tiny.py.
-SMALL = "--config.model={'name': 'mobilenet_v1', 'width': 0.25, 'strides': (2, 1, 2, 1, 1, 1)}"
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -54,7 +50,7 @@ class Run:
         for index in range(count):
             several = [where, f"--num_processes={count}", f"--process_id={index}"]
             command = [
-                *(sys.executable, "launch.py", "train", "--config=tests/tiny.py", SGD, SMALL),
+                *(sys.executable, "launch.py", "train", "--config=tests/small.py", SGD),
                 *(f"--workdir={workdir}", f"--config.duration={STEPS} steps", *EVERY, *more),
                 *(several if count > 1 else []),
             ]
@@ -93,9 +89,13 @@ def state(workdir, step):
 
 
 def assert_close(ours, theirs):
+    """Equal up to the order of sums; the momentum is what the steps so far have added up."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert ours["step"] == theirs["step"]
+    for name, tolerance in (("opt_state", 1e-2), ("params", 1e-3), ("ema", 1e-3)):
+        pairs = zip(jax.tree.leaves(ours[name]), jax.tree.leaves(theirs[name]), strict=True)
+        squares = np.sum([(np.sum((a - b) ** 2), np.sum(b**2)) for a, b in pairs], axis=0)
+        assert squares[0] <= tolerance**2 * squares[1], (name, squares)
 
 
 def losses(workdir):
