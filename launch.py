@@ -1,6 +1,7 @@
 """Command line: python launch.py VERB …; each verb parses its arguments and makes one call.
 
     train     train a config, or go on with the run in a workdir
+    sweep     search hyper-parameters of a config, or go on with a sweep
     eval      evaluate a run, or any other model
     predict   label images
     convert   write a model for Hugging Face, timm, cvnets or this package
@@ -41,13 +42,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from ml_collections import ConfigDict
     from rich.progress import TaskID
 
     from mobilevit_jax.data.record import Source
+    from mobilevit_jax.tools.space import Space
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
+SPACE_ARGUMENT = re.compile(r"--?space\.([^=]+)=(.*)", re.DOTALL)
 
 
 class UsageError(Exception):
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--repeats", type=int, default=20, metavar="N", help="batches timed (20)")
     profile.add_argument("--json", action="store_true", help="print one JSON object a model")
 
+    _add_sweep(verbs)
     _add_data(verbs)
     _add_prepare(verbs)
 
@@ -180,6 +186,53 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("doctor", help="say what is installed and what is missing")
     return parser
+
+
+def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sweep = verbs.add_parser(
+        "sweep",
+        help="search hyper-parameters of a config, or go on with a sweep",
+        epilog="The space is the recipe's sweep(trial), or --space.KEY=TEXT for each key of the "
+        "config: uniform:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH, choice:A,B. Interrupted, the same "
+        "command goes on.",
+        allow_abbrev=False,
+    )
+    sweep.add_argument("--config", metavar="FILE", help="recipe, such as configs/fashion_mnist.py")
+    sweep.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="directory of the sweep")
+    sweep.add_argument("--trials", type=_positive, metavar="N", help="how many (20)")
+    sweep.add_argument(
+        "--objective",
+        default="val_ema/top1",
+        metavar="NAMES",
+        help="what is to be large, with a minus small: any metric of an evaluation, params, macs, "
+        "latency; several with commas (val_ema/top1)",
+    )
+    sweep.add_argument("--sampler", default="tpe", help="tpe (default), random, grid, cmaes, nsga2")
+    sweep.add_argument("--pruner", help="asha (default), hyperband, median, none")
+    sweep.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampler (0)")
+    sweep.add_argument(
+        "--workers", type=_positive, metavar="N", help="trials at a time (one an accelerator)"
+    )
+    sweep.add_argument(
+        "--storage",
+        metavar="URL",
+        default=os.environ.get("OPTUNA_STORAGE"),
+        help="journal:///FILE, postgresql://…, mysql://… ($OPTUNA_STORAGE; a journal in --workdir)",
+    )
+    sweep.add_argument("--study", metavar="NAME", help="name in the storage (that of --workdir)")
+    sweep.add_argument(
+        "--worker", action="store_true", help="work on the trials of a study that is there"
+    )
+    sweep.add_argument(
+        "--executor", choices=("local", "ray"), default="local", help="who starts the workers"
+    )
+    sweep.add_argument(
+        "--heartbeat",
+        type=_positive,
+        default=60,
+        metavar="SECONDS",
+        help="between signs of life; after two without, a trial is begun again elsewhere (60)",
+    )
 
 
 def _add_data(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -375,6 +428,17 @@ def _load_recipe(reference: str) -> "ConfigDict":
     from mobilevit_jax import build
 
     path, colon, argument = reference.partition(":")
+    recipe = _recipe(path)
+    try:
+        return recipe.get_config(*([argument] if colon else []))
+    except Exception as error:  # a recipe is code, and may raise anything
+        raise build.ConfigError(f"{reference} cannot be loaded: {error}") from error
+
+
+def _recipe(path: str) -> "ModuleType":
+    """The module of a recipe's file."""
+    from mobilevit_jax import build
+
     if not pathlib.Path(path).is_file():
         raise UsageError(f"--config: there is no file {path}")
     spec = importlib.util.spec_from_file_location("recipe", path)
@@ -383,9 +447,9 @@ def _load_recipe(reference: str) -> "ConfigDict":
     recipe = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(recipe)
-        return recipe.get_config(*([argument] if colon else []))
     except Exception as error:  # a recipe is code, and may raise anything
-        raise build.ConfigError(f"{reference} cannot be loaded: {error}") from error
+        raise build.ConfigError(f"{path} cannot be loaded: {error}") from error
+    return recipe
 
 
 def _prepare_environment() -> None:
@@ -436,6 +500,89 @@ def _train_in(
         trace_steps=args.profile,
         dry_run=args.dry_run,
     )
+
+
+def _sweep(
+    args: argparse.Namespace, config_arguments: Sequence[str], space_texts: Mapping[str, str]
+) -> None:
+    environment = dict(os.environ)
+    environment.pop("OPTUNA_STORAGE", None)  # trials have no need of the password in it
+    # Before jax is imported: the accelerators belong to the trials.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        from mobilevit_jax.tools import studies, sweep, worker
+    except ModuleNotFoundError as error:
+        if error.name not in ("optuna", "sqlalchemy"):
+            raise
+        raise UsageError("sweep needs Optuna: pip install 'mobilevit_jax[sweep]'") from error
+    for name, value, table in (
+        ("sampler", args.sampler, studies.SAMPLERS),
+        ("pruner", args.pruner, studies.PRUNERS),
+    ):
+        if value is not None and value not in table:
+            raise UsageError(f"--{name}={value} is unknown; there are {', '.join(table)}")
+    if args.worker:
+        if config_arguments or space_texts or args.storage is None or args.study is None:
+            raise UsageError(
+                "a worker needs --storage=URL (or $OPTUNA_STORAGE) and --study=NAME; config and "
+                "space come from the study"
+            )
+        study = studies.join(args.storage, args.study)
+        draw = _space(study.settings.space, study.settings.recipe, study.settings.recipe_sha256)
+        workdir = args.workdir or pathlib.Path(study.settings.workdir)
+    else:
+        if args.workdir is None:
+            raise UsageError("--workdir=DIR is missing: where the sweep is to be kept")
+        config = _load_config(config_arguments)
+        file = config_arguments[0].partition("=")[2].partition(":")[0]
+        draw = _space(space_texts, file)
+        study = sweep.start(
+            config,
+            args.workdir,
+            draw=draw,
+            texts=space_texts,
+            recipe=None if space_texts else pathlib.Path(file),
+            trials=args.trials,
+            objectives=[name.strip() for name in args.objective.split(",")],
+            sampler=args.sampler,
+            pruner=args.pruner,
+            seed=args.seed,
+            heartbeat=args.heartbeat,
+            storage=args.storage,
+            name=args.study,
+            override=_override,
+        )
+        workdir = args.workdir
+    try:
+        sweep.run(
+            study,
+            workdir,
+            draw=draw,
+            slots=worker.slots(args.workers, environment),
+            launcher=pathlib.Path(__file__).absolute(),
+            override=_override,
+            ray=args.executor == "ray",
+            results=not args.worker,
+        )
+    except worker.Stopped as error:
+        raise Interrupted(str(error)) from error
+
+
+def _space(texts: Mapping[str, str], recipe: str, sha256: str | None = None) -> "Space":
+    """The space on the command line, or else that of a recipe, which must be of this digest."""
+    from mobilevit_jax.tools import space, sweep
+
+    if texts:
+        return space.parse(texts)
+    if sha256 and pathlib.Path(recipe).is_file() and sweep.digest(pathlib.Path(recipe)) != sha256:
+        raise UsageError(f"{recipe} is not the one that the study was made with; its space differs")
+    module = _recipe(recipe)
+    if not hasattr(module, "sweep"):
+        raise UsageError(
+            f"the space is empty: {recipe} has no sweep(trial); give --space.KEY=, such as "
+            "--space.optimizer.lr=log:1e-4:1e-2"
+        )
+    return module.sweep
 
 
 def _eval(args: argparse.Namespace, config_arguments: Sequence[str]) -> None:
@@ -730,8 +877,14 @@ def _doctor() -> int:
 
 def _run(argv: Sequence[str]) -> int:
     config_arguments, rest = _split_config_arguments(argv)
-    args = _parser().parse_args(rest)
-    if config_arguments and args.verb not in ("train", "eval", "data"):
+    spaces = [SPACE_ARGUMENT.fullmatch(text) for text in rest]
+    space_texts = {found[1]: found[2] for found in spaces if found}
+    args = _parser().parse_args(
+        [text for text, found in zip(rest, spaces, strict=True) if not found]
+    )
+    if space_texts and args.verb != "sweep":
+        raise UsageError(f"{args.verb} takes no --space.{next(iter(space_texts))}")
+    if config_arguments and args.verb not in ("train", "sweep", "eval", "data"):
         raise UsageError(f"{args.verb} takes no {config_arguments[0].partition('=')[0]}")
     _prepare_environment()
     if args.verb in ("train", "eval"):
@@ -745,6 +898,8 @@ def _run(argv: Sequence[str]) -> int:
     if args.verb == "train":
         config = _load_config(config_arguments)
         _train(args, config, shlex.join(["python", "launch.py", *argv]))
+    elif args.verb == "sweep":
+        _sweep(args, config_arguments, space_texts)
     elif args.verb == "eval":
         _eval(args, config_arguments)
     elif args.verb == "predict":

@@ -144,6 +144,11 @@ def to_json(config: Config) -> str:
     return json.dumps(plain(config), indent=2)
 
 
+def restore(values: Mapping[str, Any]) -> Config:
+    """A config of its own from what `plain`, or JSON, made of one."""
+    return Config(plain(values)).lock()
+
+
 def from_json(path: pathlib.Path) -> Config:
     """Reads what `to_json` wrote.
 
@@ -151,8 +156,7 @@ def from_json(path: pathlib.Path) -> Config:
         ConfigError: the file is missing or no JSON object.
     """
     try:
-        values = json.loads(path.read_text())
-        return Config(plain(values)).lock()
+        return restore(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path.parent} is no run: there is no {path.name}. "

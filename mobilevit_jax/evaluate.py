@@ -69,10 +69,7 @@ def make(
     """
     everywhere = sharding.replicated(mesh)
     batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=network.input_spec.size)
-    logits = jax.ShapeDtypeStruct((batch_size, len(network.class_names)), np.float32)
-    totals = sharding.abstract_like(
-        jax.eval_shape(network.task.sums, {"logits": logits}, batch), everywhere
-    )
+    totals = sharding.abstract_like(_abstract_sums(network, batch), everywhere)
     step = functools.partial(
         steps.eval_step, model=network.model, task=network.task, input_spec=network.input_spec
     )
@@ -96,6 +93,20 @@ def make(
 def _whole(evaluator: Evaluator, variables: Tree) -> Tree:
     """The variables on every device; training may have divided them."""
     return jax.device_put(variables, sharding.replicated(evaluator.mesh))
+
+
+def _abstract_sums(network: build.Network, batch: Tree) -> Tree:
+    logits = jax.ShapeDtypeStruct((batch["label"].shape[0], len(network.class_names)), np.float32)
+    return jax.eval_shape(network.task.sums, {"logits": logits}, batch)
+
+
+def metric_names(network: build.Network) -> tuple[str, ...]:
+    """What an evaluation in training logs: "val/loss" and so on."""
+    mesh = sharding.make_mesh()
+    batch = sharding.abstract_batch(mesh, batch_size=mesh.size, size=network.input_spec.size)
+    sums = _abstract_sums(network, batch)
+    names = network.task.summarize(jax.tree.map(lambda leaf: np.ones(leaf.shape), sums))
+    return tuple(f"{scope}/{name}" for scope in SCOPES.values() for name in names)
 
 
 def _batches(evaluator: Evaluator) -> pipeline.Batches:

@@ -286,7 +286,7 @@ def learning_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ("img_per_s", ("time",), "Training speed", "images per second", 1),
     )
     colors = {"train": "C0", "time": "C0", "val": "C1", "val EMA": "C2"}
-    figure, drawn = _figure(1200, 760), 0
+    figure, drawn = blank_figure(1200, 760), 0
     for metric, scopes, title, unit, factor in panels:
         curves = {}
         for scope in scopes:
@@ -319,7 +319,7 @@ def learning_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     if not drawn:
         figure.suptitle("nothing logged yet")
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def confusion_matrix(
@@ -353,7 +353,7 @@ def confusion_matrix(
 
     texts = m <= CELL_TEXT_CLASSES
     side = m * max(40, 10 * len(str(counts.max()))) if texts else 800  # pixels
-    figure = _figure(max(500, side + 300), max(400, side + 200))
+    figure = blank_figure(max(500, side + 300), max(400, side + 200))
     axes = figure.add_subplot()
     norm = PowerNorm(0.5, vmin=0, vmax=1)  # brings out the rare mistakes
     image = axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
@@ -370,7 +370,7 @@ def confusion_matrix(
     axes.set_title(f"{title}\n{right} ({1 - wrong.mean():.2%})" if len(labels) else title)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def per_class_csv(
@@ -435,7 +435,7 @@ def sample_sheet(
     top = gap + (line + gap if title else 0)
     width = max(gap + columns * right, 400 if title else 0)
     height = top + math.ceil(n / columns) * down
-    figure = _figure(width, height)
+    figure = blank_figure(width, height)
     renderer = FigureCanvasAgg(figure).get_renderer()
 
     write = functools.partial(_write, figure, renderer)
@@ -446,7 +446,7 @@ def sample_sheet(
             figure.figimage(image, x, height - y - h)
             for j, text in enumerate(caption.split("\n")):
                 write(x + w // 2, y + h + 2 + j * line, text, w + gap // 2, 8, "center")
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def overlays(
@@ -482,7 +482,7 @@ def overlays(
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
     top = gap + (line + gap if title else 0) + lines * line + 3
     width, height = gap + len(panels) * (w + gap), top + h + gap
-    figure = _figure(width, height)
+    figure = blank_figure(width, height)
     write = functools.partial(_write, figure, FigureCanvasAgg(figure).get_renderer())
     with _missing_glyphs_ignored():
         write(gap, gap, title, width - 2 * gap, 10, "left")
@@ -491,7 +491,7 @@ def overlays(
             figure.figimage(panel, x, gap)
             for j, text in enumerate(caption.split("\n")):
                 write(x + w // 2, top - 3 - (lines - j) * line, text, w, 8, "center")
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def stage_table(rows: Iterable[Any], console: Console) -> None:
@@ -598,7 +598,7 @@ def _write(
         artist.set_text(f"{text}…")
 
 
-def _figure(width: int, height: int) -> "Figure":
+def blank_figure(width: int, height: int) -> "Figure":
     """An empty figure of `width` by `height` pixels; its axes keep clear of one another."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -615,7 +615,8 @@ def _missing_glyphs_ignored() -> Iterator[None]:
         yield
 
 
-def _save(path: Path, figure: "Figure") -> None:
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Writes a figure as a PNG, the whole or nothing."""
     data = io.BytesIO()
     with _missing_glyphs_ignored():
         figure.savefig(data, format="png")

@@ -299,9 +299,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monk
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures drawn, in order, beside their being saved."""
-    figures, save = [], report._save
+    figures, save = [], report.save_figure
     monkeypatch.setattr(
-        report, "_save", lambda path, figure: (figures.append(figure), save(path, figure))
+        report, "save_figure", lambda path, figure: (figures.append(figure), save(path, figure))
     )
     return figures
 
