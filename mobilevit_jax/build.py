@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict as Config
 
 from mobilevit_jax import optim, schedule, sharding, steps, writers
@@ -67,6 +68,11 @@ class Experiment(NamedTuple):
     shapes: multiscale.Shapes
     tx: optim.Optimizer
     curve: schedule.Curve
+    # Numbers that the compiled train step is given and does not contain, so that runs that differ
+    # in them alone share it: learning_rate of every step, weight_decay.
+    rates: dict[str, np.ndarray]
+    # The optimiser with this curve, and with these arguments instead of the config's.
+    optimizer: Callable[[schedule.Curve, Mapping[str, ArrayLike]], optim.Optimizer]
     seed: int
     accum: int
     accum_reduction: str
@@ -571,13 +577,20 @@ def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
         peak=peak,
         epoch_starts=epoch_starts,
     )
-    tx = _call("optimizer", optim.OPTIMIZERS, optimizer_group, curve=curve)
-    with _reading("optimizer"):
-        tx = optim.layerwise(tx, layer_decay=layer_decay)
-    if config.freeze_backbone:
-        tx = optim.head_only(tx)
-    if config.dtype == "float16":
-        tx = optim.loss_scaled(tx)
+
+    def optimizer(curve: schedule.Curve, instead: Mapping[str, ArrayLike]) -> optim.Optimizer:
+        tx = _call("optimizer", optim.OPTIMIZERS, {**optimizer_group, **instead}, curve=curve)
+        with _reading("optimizer"):
+            tx = optim.layerwise(tx, layer_decay=layer_decay)
+        if config.freeze_backbone:
+            tx = optim.head_only(tx)
+        return optim.loss_scaled(tx) if config.dtype == "float16" else tx
+
+    tx = optimizer(curve, {})
+    rates = {
+        "learning_rate": np.asarray(curve(np.arange(total_steps)), np.float32),
+        "weight_decay": np.asarray(optimizer_group["weight_decay"], np.float32),
+    }
     used = network(config, train_source.class_names)
     run = Experiment(
         network=used,
@@ -588,6 +601,8 @@ def experiment(config: Config, *, dry_run: bool = False) -> Experiment:
         shapes=step_shapes,
         tx=tx,
         curve=curve,
+        rates=rates,
+        optimizer=optimizer,
         seed=config.seed,
         accum=config.accum,
         accum_reduction=config.accum_reduction,

@@ -1,6 +1,6 @@
 """Learning-rate curves, durations ("12 epochs") and the one rule for when something is due.
 
-A curve is a pure function step -> learning rate, evaluated inside the jitted train step. The curves
+A curve is a pure function step -> learning rate; a run evaluates it once, for all steps. The curves
 are those of the published recipes, the code of cvnets: they count optimiser steps from 0, warm up
 linearly, and know of epochs only where they begin (`multiscale.Shapes.epoch_starts`), as batches
 of several sizes make epochs of unequal length. cvnets rounds each rate to 8 decimals. Where a curve

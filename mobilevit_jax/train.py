@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from mobilevit_jax import (
     build,
@@ -333,6 +334,19 @@ def bound_step(run: build.Experiment) -> Callable[..., Any]:
     )
 
 
+def _step_by_rates(run: build.Experiment) -> Callable[..., Any]:
+    """`bound_step`, with `run.rates` as an argument: (state, batch, rates) -> (state, metrics)."""
+
+    def step(state: steps.TrainState, batch: Tree, rates: Tree) -> Any:
+        def curve(at: ArrayLike) -> jax.Array:
+            return rates["learning_rate"][at]
+
+        tx = run.optimizer(curve, {"weight_decay": rates["weight_decay"]})
+        return bound_step(run._replace(tx=tx, curve=curve))(state, batch)
+
+    return step
+
+
 class Forecast(NamedTuple):
     """What the compiled programs of a run will take of each device.
 
@@ -358,12 +372,13 @@ def _compile(
     table, began = run.shapes.table, reporter.elapsed
     variables = abstract_state.variables("raw")
     out = sharding.shardings(abstract_state), sharding.replicated(run.mesh)
-    train_step = jax.jit(bound_step(run), donate_argnums=0, out_shardings=out)
+    train_step = jax.jit(_step_by_rates(run), donate_argnums=0, out_shardings=out)
+    rates = jax.device_put(run.rates, sharding.replicated(run.mesh))
 
     def compile_step(shape: multiscale.Shape) -> Any:
         size = shape.height, shape.width
         batch = sharding.abstract_batch(run.mesh, batch_size=shape.batch_size, size=size)
-        return train_step.lower(abstract_state, batch).compile()
+        return train_step.lower(abstract_state, batch, rates=rates).compile()
 
     reporter.note(programs.sizes(run.shapes))
     jobs: list[Callable[[], Any]] = [functools.partial(compile_step, shape) for shape in table]
@@ -412,7 +427,8 @@ def _compile(
             f"warning: a device has only {memory.limit / 2**20:,.0f} MiB; raise config.accum, "
             "lower config.batch_size or set config.remat"
         )
-    return dict(zip(table, compiled, strict=True)), evaluator, forecast
+    given = [functools.partial(program, rates=rates) for program in compiled]
+    return dict(zip(table, given, strict=True)), evaluator, forecast
 
 
 def _fetch(

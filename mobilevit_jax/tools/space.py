@@ -51,15 +51,17 @@ def _distribution(key: str, text: str) -> BaseDistribution:
             if len(choices) > len(set(choices)):
                 raise ValueError("a choice is given twice")
             return CategoricalDistribution(choices)
-        low, high = rest.split(":")
+        if kind not in ("int", "uniform", "log"):
+            raise ValueError(f"{kind!r} is unknown")
+        low, colon, high = rest.partition(":")
+        if not colon:
+            raise ValueError("there is no HIGH")
         if kind == "int":
             return IntDistribution(int(low), int(high))
-        if kind in ("uniform", "log"):
-            return FloatDistribution(float(low), float(high), log=kind == "log")
+        return FloatDistribution(float(low), float(high), log=kind == "log")
     except ValueError as error:
         detail = str(error).splitlines()[0].rstrip(".")
         raise build.ConfigError(f"--space.{key}={text}: {detail}; write {USAGE}") from error
-    raise build.ConfigError(f"--space.{key}={text}: {kind!r} is unknown; write {USAGE}")
 
 
 def _suggest(trial: optuna.trial.BaseTrial, key: str, distribution: BaseDistribution) -> Any:

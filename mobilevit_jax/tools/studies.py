@@ -216,6 +216,11 @@ class Study:
         # Of trials that others run: their last sign of life, and when it was seen here.
         self._seen: dict[int, tuple[str, float]] = {}
 
+    def close(self) -> None:
+        """Ends the connections to a database."""
+        if isinstance(self._storage, RDBStorage):
+            self._storage.engine.dispose()
+
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
         return self._storage.get_all_trials(self._id, deepcopy=False)
@@ -410,7 +415,7 @@ class Lock:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def acquire(self) -> bool:
         """Takes it if it is free."""
