@@ -521,6 +521,8 @@ def _sweep(
     ):
         if value is not None and value not in table:
             raise UsageError(f"--{name}={value} is unknown; there are {', '.join(table)}")
+    if args.executor == "ray":
+        sweep.check_ray()
     if args.worker:
         if config_arguments or space_texts or args.storage is None or args.study is None:
             raise UsageError(
@@ -534,7 +536,8 @@ def _sweep(
         if args.workdir is None:
             raise UsageError("--workdir=DIR is missing: where the sweep is to be kept")
         config = _load_config(config_arguments)
-        file = config_arguments[0].partition("=")[2].partition(":")[0]
+        files = [text for text in config_arguments if text.startswith("--config=")]
+        file = files[-1].partition("=")[2].partition(":")[0]
         draw = _space(space_texts, file)
         study = sweep.start(
             config,

@@ -153,6 +153,8 @@ def draw(space: Space, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     """
     try:
         overrides = space(trial)
+    except optuna.exceptions.StorageInternalError:
+        raise
     except Exception as error:  # a recipe is code, and may raise anything
         raise build.ConfigError(f"sweep(trial) fails: {type(error).__name__}: {error}") from error
     if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):

@@ -209,7 +209,6 @@ class Study:
         self.url, self.name, self._storage = url, name, storage
         with talking(url):
             self.optuna = optuna.load_study(study_name=name, storage=storage)
-            self._id = storage.get_study_id_from_name(name)
             values = self.optuna.user_attrs[SETTINGS]
         self.settings = Settings(**build.plain(values))
         self.optuna.pruner = PRUNERS[self.settings.pruner](self.settings.evaluations)
@@ -223,7 +222,7 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
-        return self._storage.get_all_trials(self._id, deepcopy=False)
+        return self.optuna.get_trials(deepcopy=False)
 
     def frozen(self, trial: optuna.Trial) -> FrozenTrial:
         """What the storage knows of a trial."""
@@ -231,10 +230,8 @@ class Study:
 
     def take(self) -> optuna.Trial | None:
         """A trial that waits, now this process's own; None where there is none."""
-        waiting = self._storage.get_all_trials(
-            self._id, deepcopy=False, states=(TrialState.WAITING,)
-        )
-        for trial in waiting:
+        # Asked through the study, whose cache must know a trial before it can be drawn for.
+        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             try:
                 if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                     continue

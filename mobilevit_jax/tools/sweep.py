@@ -257,6 +257,20 @@ def check(
     return lengths[0]
 
 
+def check_ray() -> None:
+    """Says so if Ray is not installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        import ray  # noqa: F401  # pyrefly: ignore[missing-import]
+    except ImportError as error:
+        raise build.ConfigError(
+            "--executor=ray needs Ray: pip install 'mobilevit_jax[ray]'"
+        ) from error
+
+
 class Ray:
     """Workers of a study as tasks of a Ray cluster, which places and watches them.
 
@@ -268,7 +282,7 @@ class Ray:
         cpus: likewise.
 
     Raises:
-        ConfigError: Ray is not installed or cannot be reached.
+        ConfigError: the cluster cannot be reached.
     """
 
     def __init__(
@@ -280,12 +294,8 @@ class Ray:
         gpus: float,
         cpus: float,
     ) -> None:
-        try:
-            import ray  # pyrefly: ignore[missing-import]
-        except ImportError as error:
-            raise build.ConfigError(
-                "--executor=ray needs Ray: pip install 'mobilevit_jax[ray]'"
-            ) from error
+        import ray  # pyrefly: ignore[missing-import]
+
         self._ray = ray
         if not ray.is_initialized():
             try:
