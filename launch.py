@@ -224,7 +224,10 @@ def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--worker", action="store_true", help="work on the trials of a study that is there"
     )
     sweep.add_argument(
-        "--executor", choices=("local", "ray"), default="local", help="who starts the workers"
+        "--executor",
+        choices=("local", "ray", "none"),
+        default="local",
+        help="who starts the workers: this process, a Ray cluster, or nobody yet",
     )
     sweep.add_argument(
         "--heartbeat",
@@ -506,8 +509,7 @@ def _sweep(
     args: argparse.Namespace, config_arguments: Sequence[str], space_texts: Mapping[str, str]
 ) -> None:
     environment = dict(os.environ)
-    environment.pop("OPTUNA_STORAGE", None)  # trials have no need of the password in it
-    # Before jax is imported: the accelerators belong to the trials.
+    # While jax is imported: the accelerators belong to the trials.
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         from mobilevit_jax.tools import studies, sweep, worker
@@ -515,6 +517,10 @@ def _sweep(
         if error.name not in ("optuna", "sqlalchemy"):
             raise
         raise UsageError("sweep needs Optuna: pip install 'mobilevit_jax[sweep]'") from error
+    finally:
+        os.environ.pop("JAX_PLATFORMS")
+        os.environ.update(environment)
+    environment.pop("OPTUNA_STORAGE", None)  # trials have no need of the password in it
     for name, value, table in (
         ("sampler", args.sampler, studies.SAMPLERS),
         ("pruner", args.pruner, studies.PRUNERS),
@@ -556,6 +562,9 @@ def _sweep(
             override=_override,
         )
         workdir = args.workdir
+    if args.executor == "none":
+        print(sweep.invitation(study))
+        return
     try:
         sweep.run(
             study,

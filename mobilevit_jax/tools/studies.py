@@ -174,6 +174,8 @@ def connect(url: str, *, create: bool) -> BaseStorage:
         if not create and not path.is_file():
             raise StorageError(f"--storage={url}: there is no such file")
         with talking(url):
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path)))
     if kind not in DRIVERS:
         hint = "; SQLite breaks when several processes write" if kind.startswith("sqlite") else ""

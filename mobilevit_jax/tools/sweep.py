@@ -89,15 +89,22 @@ def start(
         heartbeat=heartbeat,
         workdir=str(workdir.absolute()),
     )
-    if storage is None:
-        _make(workdir)
-        storage = studies.journal_url(workdir)
+    storage = storage or studies.journal_url(workdir)
     opened = studies.connect(storage, create=True)
     study = studies.create(storage, name or workdir.absolute().name, opened, settings)
-    _make(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     with studies.talking(storage):
         study.plan(points, trials)
     return study
+
+
+def invitation(study: studies.Study) -> str:
+    """How many trials there are, and how to work on them from elsewhere."""
+    where = f"--storage={studies.shown(study.url)} --study={study.name}"
+    return f"{len(study.trials())} trials; to help: launch.py sweep --worker {where}"
 
 
 def run(
@@ -134,7 +141,6 @@ def run(
             study,
             len(slots),
             launcher=launcher,
-            gpus=int("CUDA_VISIBLE_DEVICES" in slots[0].environment),
             cpus=max(len(slots[0].cores), 1),
         )
         if ray
@@ -150,11 +156,7 @@ def run(
     )
     table = workdir / study_report.TABLE if results else None
     if results:
-        elsewhere = f"--storage={studies.shown(study.url)} --study={study.name}"
-        console.print(
-            Text(f"{len(study.trials())} trials; to help: launch.py sweep --worker {elsewhere}"),
-            soft_wrap=True,
-        )
+        console.print(Text(invitation(study)), soft_wrap=True)
     try:
         with study_report.Screen(study, console, table) as screen:
             mine.run(screen, others.working if others else lambda: False)
@@ -195,13 +197,6 @@ def _results(
         ),
         soft_wrap=True,
     )
-
-
-def _make(workdir: pathlib.Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
 
 
 def digest(recipe: pathlib.Path) -> str:
@@ -278,8 +273,7 @@ class Ray:
         study: whose storage all machines of the cluster can reach.
         workers: how many tasks.
         launcher: path of launch.py, the same on all machines.
-        gpus: that a task gets; Ray sets CUDA_VISIBLE_DEVICES.
-        cpus: likewise.
+        cpus: that a task is to find free; where the cluster has GPUs it gets one of them.
 
     Raises:
         ConfigError: the cluster cannot be reached.
@@ -291,8 +285,7 @@ class Ray:
         workers: int,
         *,
         launcher: pathlib.Path,
-        gpus: float,
-        cpus: float,
+        cpus: int,
     ) -> None:
         import ray  # pyrefly: ignore[missing-import]
 
@@ -303,6 +296,7 @@ class Ray:
                 ray.init(log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError) as error:
                 raise build.ConfigError(f"--executor=ray: {error}") from error
+        gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
         task = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=0)(_work)
         self._tasks = [
             task.remote(study.url, study.name, str(launcher), str(pathlib.Path.cwd()))
