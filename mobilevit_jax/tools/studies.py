@@ -337,9 +337,11 @@ def create(url: str, name: str, storage: BaseStorage, settings: Settings) -> Stu
         for objective in settings.objectives
     ]
     with talking(url):
-        study = optuna.create_study(
-            study_name=name, storage=storage, directions=directions, load_if_exists=True
-        )
+        # Asked first: of a study that is there, the journal would note that it is made once more.
+        if name in optuna.get_all_study_names(storage):
+            study = optuna.load_study(study_name=name, storage=storage)
+        else:
+            study = optuna.create_study(study_name=name, storage=storage, directions=directions)
         known = study.user_attrs.get(SETTINGS)
         if known is None and study.get_trials(deepcopy=False):
             raise StorageError(

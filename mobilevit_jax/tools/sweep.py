@@ -230,6 +230,8 @@ def check(
     for overrides, _ in drawn:
         arguments = space.arguments(overrides)
         changed = override(build.restore(build.plain(config)), arguments)
+        # The devices are the trials', and how many they have is not known here.
+        changed = override(changed, ["--config.mesh.fsdp=1"])
         try:
             run = build.experiment(build.resolve(changed, pretrained.describe, workdir=None))
         except build.ConfigError as error:

@@ -131,7 +131,8 @@ def test_interrupted_and_killed(tmp_path):
     assert again.params == first.params
     assert studies.retried(again) == [0]
     assert len(again.intermediate_values) == 40
-    rows = [json.loads(line) for line in (workdir / "trial_0000/metrics.jsonl").open()]
+    logged = (workdir / "trial_0000" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in logged]
     assert [row["step"] for row in rows if "val/loss" in row] == list(range(41))
     assert sorted(path.name for path in workdir.glob("trial_*")) == ["trial_0000"]
     assert "best trial 1" in said
