@@ -327,6 +327,7 @@ def _history(path: pathlib.Path, study: studies.Study, trials: Sequence[FrozenTr
         best = [better(values[: n + 1]) for n in range(len(values))]
         axes.plot(at, best, color="C1", drawstyle="steps-post", label="best so far")
         axes.legend()
+        axes.set_xlim(-0.5, max(len(trials), 2) - 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
         _style(axes, "trial", objective.removeprefix("-"))
     figure.suptitle(f"study {study.name}: {len(trials)} trials")
@@ -409,15 +410,15 @@ def _importance(path: pathlib.Path, study: studies.Study, trials: Sequence[Froze
     if len(done) < 4 or len(names) < 2:
         return False
     shares = []
-    for i in range(len(objectives)):
+    for i, objective in enumerate(objectives):
+        sign = 1 if objective.startswith("-") else -1
+
+        def target(trial: FrozenTrial, i: int = i, sign: int = sign) -> float:
+            return sign * (trial.values or ())[i]  # PED-ANOVA takes less for better
+
         with warnings.catch_warnings():
-            # Of several objectives, one at a time is what is wanted.
-            warnings.simplefilter("ignore")
-            shares.append(
-                optuna.importance.get_param_importances(
-                    study.optuna, target=lambda trial, i=i: trial.values[i]
-                )
-            )
+            warnings.simplefilter("ignore")  # that this is what it does
+            shares.append(optuna.importance.get_param_importances(study.optuna, target=target))
     if not all(shares):
         return False
     figure = report.blank_figure(800, 100 + 40 * len(names) * len(objectives))
@@ -433,7 +434,7 @@ def _importance(path: pathlib.Path, study: studies.Study, trials: Sequence[Froze
     if len(objectives) > 1:
         axes.legend()
     axes.set_xlim(0, 1.05)
-    _style(axes, "share of the variance (PED-ANOVA)", "")
+    _style(axes, "importance for being among the best (PED-ANOVA)", "")
     figure.suptitle(f"study {study.name}: what mattered among {len(done)} complete trials")
     report.save_figure(path, figure)
     return True
@@ -460,7 +461,8 @@ def _pareto(path: pathlib.Path, study: studies.Study, trials: Sequence[FrozenTri
             axes.plot(*zip(*rest, strict=True), "o", color="0.6", ms=4, label="others")
         top = sorted((x, y, number) for number, x, y in points if number in best)
         x, y, numbers = zip(*top, strict=True)
-        axes.plot(x, y, "o-", color="C1", label="Pareto front")
+        line = "o-" if len(objectives) == 2 else "o"  # of more, this is a projection
+        axes.plot(x, y, line, color="C1", label="Pareto front")
         for place in zip(x, y, numbers, strict=True):
             axes.annotate(str(place[2]), place[:2], xytext=(4, 4), textcoords="offset points")
         axes.legend()
