@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("reference", nargs="?", metavar="REFERENCE", help=REFERENCE)
     profile.add_argument("--all", action="store_true", help="the whole zoo, a row a model")
     profile.add_argument("--measure", action="store_true", help="time the models of --all too")
+    profile.add_argument("--total", action="store_true", help="time the whole, not each stage")
     profile.add_argument("--size", type=_size, metavar="H,W", help="of the images (the model's)")
     profile.add_argument("--batch", type=int, default=1, metavar="N", help="images a batch (1)")
     profile.add_argument("--repeats", type=int, default=20, metavar="N", help="batches timed (20)")
@@ -751,7 +752,8 @@ def _profile(args: argparse.Namespace) -> None:
             )
         )
     else:
-        profiles = [profile.profile(args.reference, **options)]
+        measure = "total" if args.total else "stages"
+        profiles = [profile.profile(args.reference, measure=measure, **options)]
     if args.json:
         for each in profiles:
             print(json.dumps(profile.as_json(each)))

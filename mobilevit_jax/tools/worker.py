@@ -290,7 +290,7 @@ class Worker:
         if status == 0 and job.ending != "lost":
             if "latency" in self._metrics and not job.measuring:
                 job.measuring = True
-                arguments = ["profile", str(job.directory), "--json"]
+                arguments = ["profile", str(job.directory), "--total", "--json"]
                 job.process = self._spawn(job, arguments, job.directory / PROFILE)
                 return
             values = self._values(job)
