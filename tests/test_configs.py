@@ -186,6 +186,10 @@ def test_rates_of_the_published_recipes(recipe, epoch, rate, monkeypatch):
     end = min(run.shapes.epoch_starts(IMAGES, epoch + 2)[-1], run.total_steps) - 1
     assert float(run.curve(start)) == pytest.approx(rate, abs=6e-9, rel=1e-6)
     assert float(run.curve(end)) == float(run.curve(start))
+    # What the compiled step is given.
+    assert run.rates["learning_rate"].shape == (run.total_steps,)
+    assert run.rates["learning_rate"][end] == run.rates["learning_rate"][start]
+    assert run.rates["learning_rate"][start] == pytest.approx(rate, abs=6e-9, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ DIE_WITH_PARENT = (
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
+# By these a run finds the other processes of its own (processes.py). A trial has none: whatever the
+# cluster says is about the workers.
+TOGETHER = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "MEGASCALE_")
+
 Override = Callable[[build.Config, Sequence[str]], build.Config]
 
 
@@ -76,7 +80,7 @@ def slots(workers: int | None, environment: Mapping[str, str]) -> list[Slot]:
     cores = sorted(affinity(0)) if affinity else []
     shared = []
     for i in range(count):
-        own = dict(environment)
+        own = {name: text for name, text in environment.items() if not name.startswith(TOGETHER)}
         if devices:
             own["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
             together = math.ceil(count / len(devices))

@@ -238,5 +238,9 @@ def test_slots(monkeypatch):
     packed = worker.slots(4, {"CUDA_VISIBLE_DEVICES": "4,5"})
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in packed] == ["4", "5"] * 2
     assert packed[0].environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.450"
+    (cluster,) = worker.slots(None, {"SLURM_STEP_NODELIST": "a[0-7]", "SLURM_NTASKS": "8"})
+    assert cluster.environment == {
+        "SLURM_NTASKS": "8"
+    }  # a trial is alone, though its worker is not
     (cpu,) = worker.slots(None, {"CUDA_VISIBLE_DEVICES": "4,5", "JAX_PLATFORMS": "cpu"})
     assert cpu.environment["CUDA_VISIBLE_DEVICES"] == "4,5"
