@@ -144,11 +144,11 @@ def _gist(error: BaseException, url: str) -> str:
 
 
 @contextlib.contextmanager
-def talking(url: str) -> Iterator[None]:
-    """Turns what a storage's drivers raise into a StorageError without a password."""
+def talking(url: str, *others: type[Exception]) -> Iterator[None]:
+    """Turns what Optuna and its drivers raise, and others, into a StorageError without password."""
     try:
         yield
-    except (OptunaError, sqlalchemy.exc.SQLAlchemyError, OSError, ImportError) as error:
+    except (OptunaError, sqlalchemy.exc.SQLAlchemyError, *others) as error:
         driver = (
             ""
             if not isinstance(error, ImportError)
@@ -173,7 +173,7 @@ def connect(url: str, *, create: bool) -> BaseStorage:
         path = pathlib.Path(url.removeprefix("journal://"))
         if not create and not path.is_file():
             raise StorageError(f"--storage={url}: there is no such file")
-        with talking(url):
+        with talking(url, OSError, ImportError):
             if create:
                 path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path)))
@@ -190,10 +190,15 @@ def connect(url: str, *, create: bool) -> BaseStorage:
             f"--storage={shown(url)} is no URL: write {kind}://USER:PASSWORD@HOST:PORT/DATABASE, "
             "with special characters of the password as %XX"
         ) from None
-    with talking(url):
+    with talking(url, OSError, ImportError):
         return RDBStorage(
             parsed.render_as_string(hide_password=False),
-            engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}},
+            # Workers ask now and then; a connection kept by each of hundreds would be the server's
+            # last, and one kept for hours would break.
+            engine_kwargs={
+                "poolclass": sqlalchemy.pool.NullPool,
+                "connect_args": {"connect_timeout": 10},
+            },
             skip_table_creation=not create,
         )
 
@@ -216,11 +221,6 @@ class Study:
         self.optuna.pruner = PRUNERS[self.settings.pruner](self.settings.evaluations)
         # Of trials that others run: their last sign of life, and when it was seen here.
         self._seen: dict[int, tuple[str, float]] = {}
-
-    def close(self) -> None:
-        """Ends the connections to a database."""
-        if isinstance(self._storage, RDBStorage):
-            self._storage.engine.dispose()
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""

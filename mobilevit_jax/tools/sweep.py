@@ -91,11 +91,13 @@ def start(
     )
     storage = storage or studies.journal_url(workdir)
     opened = studies.connect(storage, create=True)
-    study = studies.create(storage, name or workdir.absolute().name, opened, settings)
+    worker.make(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
+        study = studies.create(storage, name or workdir.absolute().name, opened, settings)
+    except studies.StorageError:
+        with contextlib.suppress(OSError):  # it holds another sweep
+            workdir.rmdir()
+        raise
     with studies.talking(storage):
         study.plan(points, trials)
     return study

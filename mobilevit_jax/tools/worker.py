@@ -104,6 +104,18 @@ def _accelerators(environment: Mapping[str, str]) -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
+def make(workdir: pathlib.Path) -> None:
+    """Makes the directory of a sweep where it is missing.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
+
+
 @dataclasses.dataclass
 class Job:
     """A trial that this process works on.
@@ -175,7 +187,7 @@ class Worker:
         self._launcher, self._override = launcher, override
         self._config = build.restore(study.settings.config)
         self._metrics = [each.removeprefix("-") for each in study.settings.objectives]
-        workdir.mkdir(parents=True, exist_ok=True)
+        make(workdir)
         text = study_report.recipe(study.settings.config, f"What the trials of {workdir} change.")
         replace_file(self._workdir / CONFIG, text.encode())
 

@@ -90,7 +90,7 @@ def children(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_killed_workers_lose_no_trial(server, tmp_path, request):
+def test_killed_workers_lose_no_trial(server, tmp_path):
     log, workdir = tmp_path / "log.txt", tmp_path / "sweep"
     trials = 5
     controller = launch(
@@ -100,7 +100,6 @@ def test_killed_workers_lose_no_trial(server, tmp_path, request):
 
     wait_for(lambda: " trials; to help: " in log.read_text(), log, controller)
     study = studies.join(server, "killed")
-    request.addfinalizer(study.close)
     known = study.trials
     assert len(known()) == trials
     victim = launch(server, "--worker", "--study=killed", "--workers=1", log=log)
@@ -175,3 +174,19 @@ def test_a_password_is_never_printed(server, monkeypatch, capsys):
         assert said.count("\n") == 1
         for secret in (QUOTED, PASSWORD, "an-0ther"):
             assert secret not in said
+
+
+def test_nothing_is_made_where_something_is_wrong(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OPTUNA_STORAGE", server)
+    config = "--config=tests/tiny_sweep.py"
+    make = ["sweep", config, "--executor=none", "--study=made", "--trials=2"]
+    assert main([*make, "--workdir=/proc/sweep"]) == 2
+    assert "--workdir=/proc/sweep cannot be made" in capsys.readouterr().err
+    assert main(["sweep", "--worker", "--study=made"]) == 2
+    assert "there is no study 'made'" in capsys.readouterr().err
+    assert main([*make, f"--workdir={tmp_path / 'a'}"]) == 0
+    assert "2 trials; to help: launch.py sweep --worker" in capsys.readouterr().out
+    assert main([*make, f"--workdir={tmp_path / 'b'}", "--seed=1"]) == 2
+    assert "seed was 0 and is 1" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
