@@ -141,13 +141,13 @@ def test_interrupted_and_killed(tmp_path):
 def test_a_pruned_trial_saves_and_keeps_its_checkpoints(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
     argv = ["--sampler=grid", "--space.optimizer.lr=choice:1e-3,10.0", "--objective=-val/loss"]
-    swept(CONFIG, f"--workdir={workdir}", *argv, "--config.duration=40 steps", log=log)
+    swept(CONFIG, f"--workdir={workdir}", *argv, "--config.duration=24 steps", log=log)
     good, bad = table(workdir)
     assert good["state"] == "complete"
-    assert good["evaluations"] == "40"
+    assert good["evaluations"] == "24"
     assert bad["state"] == "pruned"
     assert bad["end"] == ""
-    assert 1 < int(bad["evaluations"]) < 40
+    assert 1 < int(bad["evaluations"]) < 24
     assert float(bad["val/loss"]) > float(good["val/loss"])
     assert "SIGTERM: saved step" in (workdir / "trial_0001" / "output.txt").read_text()
     assert any((workdir / "trial_0001" / "checkpoints").iterdir())
