@@ -34,7 +34,7 @@ def decay_mask(params: tree.Tree, *, decay_1d: bool) -> tree.Tree:
     return jax.tree.map(lambda leaf: decay_1d or leaf.ndim != 1, params)
 
 
-def _decay(weight_decay: float, decay_1d: bool) -> Optimizer:
+def _decay(weight_decay: float | jax.Array, decay_1d: bool) -> Optimizer:
     return optax.add_decayed_weights(
         weight_decay, mask=lambda params: decay_mask(params, decay_1d=decay_1d)
     )
@@ -144,7 +144,7 @@ def adamw(
     b1: float,
     b2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | jax.Array,
     decay_1d: bool,
     clip_norm: float,
 ) -> Optimizer:
@@ -172,7 +172,7 @@ def sgd(
     *,
     momentum: float,
     nesterov: bool,
-    weight_decay: float,
+    weight_decay: float | jax.Array,
     decay_1d: bool,
     clip_norm: float,
 ) -> Optimizer:
