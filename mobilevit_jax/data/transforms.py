@@ -22,7 +22,7 @@ from PIL import Image
 
 from mobilevit_jax.data import jpeg
 from mobilevit_jax.data.augment import Policy
-from mobilevit_jax.data.record import CorruptError, Record
+from mobilevit_jax.data.record import CorruptError, DataError, Record
 
 cv2.setNumThreads(0)  # the loader has a thread for every core already
 
@@ -351,7 +351,7 @@ def pad_crop(
       policy: what happens to the picture then (augment.py); None is nothing.
 
     Raises:
-      ValueError: a value out of range; in use, an asked size larger than the padded image.
+      ValueError: a value out of range. In use, DataError: a crop larger than the padded image.
     """
     short = _checked_int("short", short, minimum=1)
     padding = _checked_int("padding", padding, minimum=0)
@@ -377,9 +377,10 @@ def _pad_crop(
     resize_into(image.whole(), small, resize)
     height, width = small.shape[0] + 2 * padding, small.shape[1] + 2 * padding
     if out.shape[0] > height or out.shape[1] > width:
-        raise ValueError(
+        raise DataError(
             f"pad_crop: a crop of {out.shape[0]}x{out.shape[1]} does not fit into {record.name}, "
-            f"{height}x{width} with its border; raise short ({short}) or padding ({padding})"
+            f"{height}x{width} with its border; raise config.augment.short ({short}) or padding "
+            f"({padding})"
         )
     vertical, horizontal, mirror = rng.random(3).tolist()
     top = int(vertical * (height - out.shape[0] + 1)) - padding
