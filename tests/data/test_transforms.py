@@ -484,7 +484,7 @@ def test_pad_crop_too_small():
     with pytest.raises(DataError) as error:
         shown(pad_crop(short=28, padding=1), Record(picture(28, 28), 0, "x"), rng(), (32, 32))
     assert "a crop of 32x32 does not fit into x, 30x30 with its border" in str(error.value)
-    assert "raise short (28) or padding (1)" in str(error.value)
+    assert "raise config.augment.short (28) or padding (1)" in str(error.value)
 
 
 @pytest.mark.parametrize(
