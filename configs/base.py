@@ -78,6 +78,8 @@ def get_config() -> ConfigDict:
     config.model.strides = (2, 1, 2, 2, 2, 2)
     # Dropout before the classifier.
     config.model.dropout = 0.0
+    # What its tokens attend by: separable | multihead | linformer.
+    config.model.attention = "separable"
 
     # Weights to begin with: a model reference (a workdir, a directory, a Hub id, a file of weights,
     # a zoo name), or "" for fresh ones. It also says how pixels are interpolated and scaled.
