@@ -80,6 +80,9 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0
     # What its tokens attend by: separable | multihead | linformer.
     config.model.attention = "separable"
+    # Heads of the latter two, and the tokens that linformer's looks at.
+    config.model.heads = 4
+    config.model.latents = 256
 
     # Weights to begin with: a model reference (a workdir, a directory, a Hub id, a file of weights,
     # a zoo name), or "" for fresh ones. It also says how pixels are interpolated and scaled.
