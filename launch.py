@@ -5,6 +5,7 @@
     eval      evaluate a run, or any other model
     predict   label images
     convert   write a model for Hugging Face, timm, cvnets or this package
+    export    write a model for phones and other runtimes: StableHLO, ONNX, LiteRT, Core ML
     profile   count parameters, MACs and activations of a model, and time it
     data      look at a config's images: counts, broken files, loading speed, pictures
     prepare   pack ImageNet or a folder of images for fast training, or verify a pack
@@ -147,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of a run, write the mean of its last N checkpoints (1)",
     )
 
+    export = _add_export(verbs)
+
     profile = verbs.add_parser(
         "profile",
         help="count parameters, MACs and activations of a model, and time it",
@@ -166,11 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(verbs)
     _add_prepare(verbs)
 
-    for verb in (predict, convert):
+    for verb in (predict, convert, export):
         verb.add_argument(
             "--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or last"
         )
-    for verb in (evaluate, predict, convert):
+    for verb in (evaluate, predict, convert, export):
         verb.add_argument(
             "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best, a step"
         )
@@ -237,6 +240,47 @@ def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="SECONDS",
         help="between signs of life; after two without, a trial is begun again elsewhere (60)",
     )
+
+
+def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    export = verbs.add_parser(
+        "export",
+        help="write a model for phones and other runtimes: StableHLO, ONNX, LiteRT, Core ML",
+        epilog="The file is compared with the model, and past the tolerance not written. What "
+        "predict takes is made by convert --format=native.",
+        allow_abbrev=False,
+    )
+    export.add_argument("source", metavar="REFERENCE", help=REFERENCE)
+    export.add_argument("target", metavar="TARGET", type=pathlib.Path, help="directory to make")
+    export.add_argument(
+        "--format", required=True, choices=("stablehlo", "onnx", "tflite", "coreml")
+    )
+    export.add_argument(
+        "--raw-input",
+        action="store_true",
+        help="take uint8 RGB pixels, and scale them inside (default: take normalised floats)",
+    )
+    export.add_argument("--size", type=_size, metavar="H,W", help="of the images (the model's)")
+    export.add_argument(
+        "--quantize",
+        choices=("fp16", "dynamic", "int8"),
+        default="",
+        help="of tflite: float16 weights, int8 weights, or int8 throughout",
+    )
+    export.add_argument(
+        "--calibrate",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="images like those it will see, for int8",
+    )
+    export.add_argument("--opset", type=_positive, default=17, metavar="N", help="of ONNX (17)")
+    export.add_argument(
+        "--images",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="to compare on (photographs of the package foolbox, or noise)",
+    )
+    return export
 
 
 def _add_data(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -728,6 +772,18 @@ def _convert(args: argparse.Namespace) -> None:
         print(note)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from mobilevit_jax.tools import export
+
+    options = {name: value for name, value in vars(args).items() if name != "verb"}
+    exported = export.export(options.pop("source"), options.pop("target"), **options)
+    directory = exported.path.parent
+    print(f"{directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
+    export.print_exported(exported, Console())
+
+
 def _profile(args: argparse.Namespace) -> None:
     if (args.reference is None) != args.all:
         raise UsageError("give a model or --all: profile mobilevitv2_100; profile --all")
@@ -920,6 +976,8 @@ def _run(argv: Sequence[str]) -> int:
         _predict(args)
     elif args.verb == "convert":
         _convert(args)
+    elif args.verb == "export":
+        _export(args)
     elif args.verb == "profile":
         _profile(args)
     elif args.verb == "data":

@@ -70,7 +70,7 @@ def normalize(image: UInt8[Array, "b h w 3"], input_spec: InputSpec) -> Float[Ar
     """Scales uint8 RGB to 0..1, in the network's channel order, less mean, over std; float32."""
     x = image.astype(jnp.float32) / 255.0
     if input_spec.channel_order == "bgr":
-        x = x[..., ::-1]
+        x = jnp.flip(x, -1)  # of an index with a step, a symbolic batch makes a gather
     if input_spec.mean != (0.0, 0.0, 0.0) or input_spec.std != (1.0, 1.0, 1.0):
         x = (x - jnp.asarray(input_spec.mean)) / jnp.asarray(input_spec.std)
     return x

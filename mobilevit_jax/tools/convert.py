@@ -7,18 +7,14 @@ them in the other order (formats.CHANNEL_ORDERS).
 
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from mobilevit_jax import build, checkpoint, tree
+from mobilevit_jax import build, tree
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import files, formats, names, pretrained
 
@@ -78,10 +74,7 @@ def convert(
     if format not in FORMATS:
         raise build.ConfigError(f"format is {format!r}; there are {', '.join(FORMATS)}")
     target = pathlib.Path(target).expanduser()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise build.ConfigError(
-            f"{target} is there already and is not overwritten; give another, or delete it"
-        )
+    files.check_free(target)
     if format == "cvnets":
         files.optional("torch", "cvnets reads PyTorch's own files")
     loaded = pretrained.read(source, weights=weights, checkpoint=checkpoint, average=average)
@@ -92,7 +85,9 @@ def convert(
         raise build.ConfigError(f"{source} cannot be written as {format}: {error}") from error
     contents["preprocessor_config.json"] = formats.write_preprocessor(model.spec)
     contents["README.md"] = _card(model, format, title=target.absolute().name)
-    _write(target, contents)
+    with files.new_directory(target) as directory:
+        for name, content in contents.items():
+            _write_file(directory / name, content)
     return Converted(target, tuple(sorted(contents)), tuple(notes))
 
 
@@ -183,25 +178,6 @@ FORMATS: Mapping[str, Callable[[_Model], Contents]] = {
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _write(target: pathlib.Path, contents: Contents) -> None:
-    """Writes the files beside the target and renames them into place."""
-    beside: pathlib.Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        for name, content in contents.items():
-            _write_file(beside / name, content)
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o777 & ~mask)  # mkdtemp's is for the owner only
-        beside.rename(target)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise checkpoint.CheckpointError(f"{target} cannot be written: {error}") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
 def _write_file(path: pathlib.Path, content: Any) -> None:
     if path.suffix == ".safetensors":
         # safetensors writes the buffer as it lies in memory, whatever the strides say.
@@ -211,7 +187,7 @@ def _write_file(path: pathlib.Path, content: Any) -> None:
         torch = files.optional("torch", "cvnets reads PyTorch's own files")
         torch.save({key: torch.from_numpy(array) for key, array in content.items()}, path)
     elif path.suffix == ".json":
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_json(path, content)
     else:
         path.write_text(content, encoding="utf-8")
 

@@ -1,17 +1,21 @@
-"""Files of weights from elsewhere: safetensors, PyTorch's, and those on the Hugging Face Hub.
+"""Files of weights from elsewhere, safetensors, PyTorch's and the Hub's; new directories for ours.
 
 Before editing: files come from strangers. Nothing in them is executed, and whatever is wrong with
 them is one message. torch and huggingface_hub are optional, and imported where they are needed.
 """
 
+import contextlib
 import functools
 import importlib
 import json
+import os
 import pathlib
 import pickle
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -129,16 +133,56 @@ def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def optional(module: str, purpose: str) -> Any:
+def optional(module: str, purpose: str, *, install: str = "") -> Any:
     """Imports a package that not everyone has.
 
     Raises:
-        ConfigError: it is not installed; `purpose` begins the message.
+        ConfigError: it is not installed; `purpose` begins the message, and what `install` names
+            (the module itself) is what pip is to install.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise build.ConfigError(f"{purpose}; for that, pip install {module}") from error
+        raise build.ConfigError(f"{purpose}; for that, pip install {install or module}") from error
+
+
+# --- new directories ------------------------------------------------------------------------------
+
+
+def check_free(target: pathlib.Path) -> None:
+    """Raises ConfigError where `new_directory` could not make one."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise build.ConfigError(
+            f"{target} is there already and is not overwritten; give another, or delete it"
+        )
+
+
+@contextlib.contextmanager
+def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to write to; it becomes the target whole, or goes with the first error.
+
+    Raises:
+        CheckpointError: it cannot be made or written to.
+    """
+    beside: pathlib.Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield beside
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o777 & ~mask)  # mkdtemp's is for the owner only
+        beside.rename(target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise checkpoint.CheckpointError(f"{target} cannot be written: {error}") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Values as people read them."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- the Hub ------------------------------------------------------------------------------------
