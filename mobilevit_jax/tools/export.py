@@ -28,8 +28,10 @@ from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.sources import EXTENSIONS
 from mobilevit_jax.models import zoo
 from mobilevit_jax.models.folding import fold_norms
-from mobilevit_jax.tools import files, formats, onnx_graph, pretrained
+from mobilevit_jax.tools import files, formats, litert, onnx_graph, pretrained
 
+CORE_ML = "Core ML packages are made by stablehlo-coreml and coremltools"
+CORE_ML_EXTRA = "'mobilevit_jax[coreml]'"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max |Δ logit|, as a share of the range of the logits of an image; by --quantize.
 TOLERANCES: Mapping[str, float] = {"": 1e-4, "fp16": 1e-2, "dynamic": 0.1, "int8": 0.25}
@@ -424,6 +426,32 @@ def open_onnx(path: pathlib.Path) -> Run:
     return lambda image: session.run(["logits"], {"image": image})[0]
 
 
+def _lowered(network: Network) -> jax.export.Exported:
+    """For one image. Depthwise convolutions are whole on a TPU, and in pieces on a CPU."""
+    return jax.export.export(jax.jit(network.function), platforms=["tpu"])(network.image(1))
+
+
+def _write_tflite(network: Network, path: pathlib.Path) -> None:
+    litert.convert(_lowered(network).mlir_module(), path)
+    if network.quantize:
+        litert.quantize(path, how=network.quantize, calibration=network.calibration)
+
+
+def _write_coreml(network: Network, path: pathlib.Path) -> None:
+    tools = files.optional("coremltools", CORE_ML, install=CORE_ML_EXTRA)
+    stablehlo = files.optional("stablehlo_coreml", CORE_ML, install=CORE_ML_EXTRA)
+    lowered = jax.jit(network.function).trace(network.image(1)).lower(lowering_platforms=("tpu",))
+    module = lowered.compiler_ir("stablehlo")
+    made = tools.convert(
+        stablehlo.convert(module, minimum_deployment_target=tools.target.iOS18),
+        source="milinternal",
+        minimum_deployment_target=tools.target.iOS18,
+        pass_pipeline=stablehlo.build_pass_pipeline(),
+    )
+    print([i for i in made.get_spec().description.input], [i for i in made.get_spec().description.output])
+    made.save(str(path))
+
+
 class Format(NamedTuple):
     """A form of a network.
 
@@ -468,5 +496,25 @@ FORMATS: Mapping[str, Format] = {
             ("onnxruntime", "ONNX files are compared in ONNX Runtime", "'mobilevit_jax[onnx]'"),
         ],
         packages=("onnx", "onnxruntime"),
+    ),
+    "tflite": Format(
+        "model.tflite",
+        _write_tflite,
+        litert.open_file,
+        needs=litert.NEEDS,
+        packages=litert.PACKAGES,
+        any_batch=False,
+    ),
+    "coreml": Format(
+        "model.mlpackage",
+        _write_coreml,
+        None,
+        needs=[(name, CORE_ML, CORE_ML_EXTRA) for name in ("coremltools", "stablehlo_coreml")],
+        packages=("coremltools", "stablehlo-coreml"),
+        any_batch=False,
+        notes=(
+            "It runs on Apple's machines only (iOS 18, macOS 15), in float16: nothing here could "
+            "compare it with the network.",
+        ),
     ),
 }

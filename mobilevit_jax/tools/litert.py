@@ -1,0 +1,99 @@
+"""LiteRT files (.tflite): from StableHLO without TensorFlow, quantised, and run on XNNPACK.
+
+Before editing: the converter lives in a process of its own, see litert_child.py.
+"""
+
+import contextlib
+import io
+import pathlib
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mobilevit_jax import build
+from mobilevit_jax.tools import files
+
+EXTRA = "'mobilevit_jax[tflite]'"
+PURPOSE = "LiteRT files are made by litert-converter and run by ai-edge-litert"
+NEEDS = [
+    ("ai_edge_litert", PURPOSE, EXTRA),
+    ("ai_edge_quantizer", "LiteRT files are quantised by ai-edge-quantizer", EXTRA),
+]
+PACKAGES = ("litert-converter", "ai-edge-litert", "ai-edge-quantizer")
+SIGNATURE = "serving_default"
+QUANTIZATIONS = ("fp16", "dynamic", "int8")
+
+
+def convert(module: str, path: pathlib.Path) -> None:
+    """Writes a StableHLO module, of one function of "image" with static shapes.
+
+    Raises:
+        ConfigError: litert-converter is not installed, or cannot express the module.
+    """
+    child = pathlib.Path(__file__).with_name("litert_child.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = pathlib.Path(scratch) / "module.mlir"
+        source.write_text(module)
+        done = subprocess.run(
+            [sys.executable, str(child), str(source), str(path)], capture_output=True, text=True
+        )
+    if done.returncode == 0:
+        return
+    if "No module named 'litert_converter" in done.stderr:
+        raise build.ConfigError(f"{PURPOSE}; for that, pip install {EXTRA}")
+    reasons = [line for line in done.stderr.splitlines() if "rror: " in line]
+    reason = reasons[0] if reasons else f"it ended with status {done.returncode}"
+    raise build.ConfigError(f"litert-converter cannot express this network: {reason[:300]}")
+
+
+def quantize(path: pathlib.Path, *, how: str, calibration: Sequence[np.ndarray]) -> None:
+    """Replaces a file by a quantised one; its input and output stay as they are.
+
+    Args:
+        path: of a float32 file made by `convert`.
+        how: of QUANTIZATIONS: float16 weights; int8 weights, with activations quantised as they
+            come; or int8 weights and activations, with ranges from `calibration`.
+        calibration: images as the file takes them.
+    """
+    quantizer = files.optional("ai_edge_quantizer.quantizer", PURPOSE, install=EXTRA)
+    types = files.optional("ai_edge_quantizer.qtyping", PURPOSE, install=EXTRA)
+    algorithms = files.optional("ai_edge_quantizer.algorithm_manager", PURPOSE, install=EXTRA)
+    worker = quantizer.Quantizer(bytearray(path.read_bytes()))
+    everything = {"regex": ".*", "operation_name": types.TFLOperationName.ALL_SUPPORTED}
+    if how == "fp16":
+        config = types.OpQuantizationConfig(
+            weight_tensor_config=types.TensorQuantizationConfig(
+                num_bits=16, dtype=types.TensorDataType.FLOAT
+            ),
+            compute_precision=types.ComputePrecision.FLOAT,
+            explicit_dequantize=True,
+        )
+        worker.update_quantization_recipe(
+            **everything, op_config=config, algorithm_key=algorithms.AlgorithmName.FLOAT_CASTING
+        )
+    elif how == "dynamic":
+        worker.add_dynamic_config(**everything, num_bits=8)
+    else:
+        worker.add_static_config(**everything, activation_num_bits=8, weight_num_bits=8)
+        for end in (types.TFLOperationName.INPUT, types.TFLOperationName.OUTPUT):
+            worker.update_quantization_recipe(
+                ".*", end, algorithm_key=algorithms.AlgorithmName.NO_QUANTIZE
+            )
+    batches = {SIGNATURE: [{"image": image} for image in calibration]}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # its progress bars, and a warning of its own doing
+        ranges = worker.calibrate(batches) if worker.need_calibration else None
+        made = worker.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
+    path.write_bytes(made.quantized_model)
+
+
+def open_file(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """LiteRT with XNNPACK at one thread, for one image at a time."""
+    interpreter = files.optional("ai_edge_litert.interpreter", PURPOSE, install=EXTRA)
+    loaded = interpreter.Interpreter(str(path), num_threads=1)
+    run = loaded.get_signature_runner(SIGNATURE)
+    return lambda image: run(image=image)["logits"]
