@@ -242,7 +242,9 @@ def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
 
 
-def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def _add_export(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
     export = verbs.add_parser(
         "export",
         help="write a model for phones and other runtimes: StableHLO, ONNX, LiteRT, Core ML",

@@ -8,6 +8,7 @@ Before editing: a format is a row of FORMATS. It is no model reference: whoever 
 back for `predict` or `serve` converts to the native format.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -28,10 +29,8 @@ from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.sources import EXTENSIONS
 from mobilevit_jax.models import zoo
 from mobilevit_jax.models.folding import fold_norms
-from mobilevit_jax.tools import files, formats, litert, onnx_graph, pretrained
+from mobilevit_jax.tools import coreml, files, formats, litert, onnx_graph, pretrained
 
-CORE_ML = "Core ML packages are made by stablehlo-coreml and coremltools"
-CORE_ML_EXTRA = "'mobilevit_jax[coreml]'"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max |Δ logit|, as a share of the range of the logits of an image; by --quantize.
 TOLERANCES: Mapping[str, float] = {"": 1e-4, "fp16": 1e-2, "dynamic": 0.1, "int8": 0.25}
@@ -140,8 +139,7 @@ def export(
     row, target = FORMATS[format], pathlib.Path(target).expanduser()
     _check(format, quantize=quantize, opset=opset, calibrate=calibrate)
     files.check_free(target)
-    for module, purpose, install in row.needs:
-        files.optional(module, purpose, install=install)
+    files.check_installed(row.modules, extra=format)
     loaded = pretrained.read(source, weights=weights, checkpoint=checkpoint)
     loaded = _resized(loaded, size)
     spec = loaded.pretrained.input_spec
@@ -151,7 +149,7 @@ def export(
     prepare = _prepare(spec, raw_input)
     calibration = [] if calibrate is None else _folder(calibrate, spec, most=CALIBRATION)
     network = Network(
-        _function(model, fold_norms(variables), spec, raw_input),
+        _function(model, fold_norms(variables), spec, raw_input=raw_input),
         size=spec.size,
         dtype=np.dtype(np.uint8 if raw_input else np.float32),
         opset=opset,
@@ -163,9 +161,7 @@ def export(
         row.write(network, path)
         comparison = None
         if row.open is not None:
-            reference = jax.jit(
-                lambda image: model.apply(variables, steps.normalize(image, spec))["logits"]
-            )
+            reference = jax.jit(_function(model, variables, spec, raw_input=True))
             comparison = _compare(
                 row.open(path),
                 reference,
@@ -225,11 +221,12 @@ def _resized(loaded: pretrained.Loaded, size: tuple[int, int] | None) -> pretrai
 
 
 def _function(
-    model: zoo.nn.Module, variables: Any, spec: transforms.InputSpec, raw_input: bool
+    model: zoo.nn.Module, variables: Any, spec: transforms.InputSpec, *, raw_input: bool
 ) -> Callable[[jax.Array], jax.Array]:
     def run(image: jax.Array) -> jax.Array:
         x = steps.normalize(image, spec) if raw_input else image
-        return model.apply(variables, x)["logits"]
+        outputs: Any = model.apply(variables, x)
+        return outputs["logits"]
 
     return run
 
@@ -364,8 +361,8 @@ def _record(exported: Exported, network: Network, row: "Format", raw: bool) -> d
         "opset": network.opset if exported.format == "onnx" else None,
         "comparison": None if comparison is None else comparison._asdict(),
         "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("mobilevit_jax", "jax", *(row.packages if row.packages else ()))
+            name: importlib.metadata.version(name.replace("_", "-"))
+            for name in ("mobilevit_jax", "jax", *row.modules)
         },
     }
 
@@ -419,7 +416,7 @@ def _write_onnx(network: Network, path: pathlib.Path) -> None:
 
 def open_onnx(path: pathlib.Path) -> Run:
     """ONNX Runtime at one thread."""
-    runtime = files.optional("onnxruntime", onnx_graph.PURPOSE)
+    runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -438,18 +435,7 @@ def _write_tflite(network: Network, path: pathlib.Path) -> None:
 
 
 def _write_coreml(network: Network, path: pathlib.Path) -> None:
-    tools = files.optional("coremltools", CORE_ML, install=CORE_ML_EXTRA)
-    stablehlo = files.optional("stablehlo_coreml", CORE_ML, install=CORE_ML_EXTRA)
-    lowered = jax.jit(network.function).trace(network.image(1)).lower(lowering_platforms=("tpu",))
-    module = lowered.compiler_ir("stablehlo")
-    made = tools.convert(
-        stablehlo.convert(module, minimum_deployment_target=tools.target.iOS18),
-        source="milinternal",
-        minimum_deployment_target=tools.target.iOS18,
-        pass_pipeline=stablehlo.build_pass_pipeline(),
-    )
-    print([i for i in made.get_spec().description.input], [i for i in made.get_spec().description.output])
-    made.save(str(path))
+    coreml.convert(network.function, network.image(1), path)
 
 
 class Format(NamedTuple):
@@ -459,8 +445,7 @@ class Format(NamedTuple):
         file: name of the file, or of the directory that stands for one.
         write: makes it.
         open: a runtime for it; None where there is none on this machine.
-        needs: modules, why, and what to install.
-        packages: distributions whose versions are recorded.
+        modules: that the extra of the format's name installs.
         any_batch: whether it takes any number of images; else one.
         one_thread: whether its latency is that of one thread.
         notes: for the user.
@@ -469,8 +454,7 @@ class Format(NamedTuple):
     file: str
     write: Callable[[Network, pathlib.Path], None]
     open: Callable[[pathlib.Path], Run] | None
-    needs: Sequence[tuple[str, str, str]] = ()
-    packages: Sequence[str] = ()
+    modules: Sequence[str] = ()
     any_batch: bool = True
     one_thread: bool = True
     notes: tuple[str, ...] = ()
@@ -491,26 +475,20 @@ FORMATS: Mapping[str, Format] = {
         "model.onnx",
         _write_onnx,
         open_onnx,
-        needs=[
-            ("onnx", onnx_graph.PURPOSE, "'mobilevit_jax[onnx]'"),
-            ("onnxruntime", "ONNX files are compared in ONNX Runtime", "'mobilevit_jax[onnx]'"),
-        ],
-        packages=("onnx", "onnxruntime"),
+        modules=onnx_graph.MODULES,
     ),
     "tflite": Format(
         "model.tflite",
         _write_tflite,
         litert.open_file,
-        needs=litert.NEEDS,
-        packages=litert.PACKAGES,
+        modules=litert.MODULES,
         any_batch=False,
     ),
     "coreml": Format(
         "model.mlpackage",
         _write_coreml,
         None,
-        needs=[(name, CORE_ML, CORE_ML_EXTRA) for name in ("coremltools", "stablehlo_coreml")],
-        packages=("coremltools", "stablehlo-coreml"),
+        modules=coreml.MODULES,
         any_batch=False,
         notes=(
             "It runs on Apple's machines only (iOS 18, macOS 15), in float16: nothing here could "

@@ -7,6 +7,7 @@ them is one message. torch and huggingface_hub are optional, and imported where 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -133,17 +134,25 @@ def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def optional(module: str, purpose: str, *, install: str = "") -> Any:
+def optional(module: str, purpose: str) -> Any:
     """Imports a package that not everyone has.
 
     Raises:
-        ConfigError: it is not installed; `purpose` begins the message, and what `install` names
-            (the module itself) is what pip is to install.
+        ConfigError: it is not installed; `purpose` begins the message.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise build.ConfigError(f"{purpose}; for that, pip install {install or module}") from error
+        raise build.ConfigError(f"{purpose}; for that, pip install {module}") from error
+
+
+def check_installed(modules: Iterable[str], *, extra: str) -> None:
+    """Raises ConfigError where a module of one of our extras is missing; imports none."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise build.ConfigError(
+                f"{module} is not installed; for that, pip install 'mobilevit_jax[{extra}]'"
+            )
 
 
 # --- new directories ------------------------------------------------------------------------------

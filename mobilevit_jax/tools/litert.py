@@ -4,6 +4,7 @@ Before editing: the converter lives in a process of its own, see litert_child.py
 """
 
 import contextlib
+import importlib
 import io
 import pathlib
 import subprocess
@@ -15,15 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mobilevit_jax import build
-from mobilevit_jax.tools import files
 
-EXTRA = "'mobilevit_jax[tflite]'"
-PURPOSE = "LiteRT files are made by litert-converter and run by ai-edge-litert"
-NEEDS = [
-    ("ai_edge_litert", PURPOSE, EXTRA),
-    ("ai_edge_quantizer", "LiteRT files are quantised by ai-edge-quantizer", EXTRA),
-]
-PACKAGES = ("litert-converter", "ai-edge-litert", "ai-edge-quantizer")
+MODULES = ("litert_converter", "ai_edge_litert", "ai_edge_quantizer")
 SIGNATURE = "serving_default"
 QUANTIZATIONS = ("fp16", "dynamic", "int8")
 
@@ -32,7 +26,7 @@ def convert(module: str, path: pathlib.Path) -> None:
     """Writes a StableHLO module, of one function of "image" with static shapes.
 
     Raises:
-        ConfigError: litert-converter is not installed, or cannot express the module.
+        ConfigError: the converter cannot express the module.
     """
     child = pathlib.Path(__file__).with_name("litert_child.py")
     with tempfile.TemporaryDirectory() as scratch:
@@ -43,8 +37,6 @@ def convert(module: str, path: pathlib.Path) -> None:
         )
     if done.returncode == 0:
         return
-    if "No module named 'litert_converter" in done.stderr:
-        raise build.ConfigError(f"{PURPOSE}; for that, pip install {EXTRA}")
     reasons = [line for line in done.stderr.splitlines() if "rror: " in line]
     reason = reasons[0] if reasons else f"it ended with status {done.returncode}"
     raise build.ConfigError(f"litert-converter cannot express this network: {reason[:300]}")
@@ -59,9 +51,9 @@ def quantize(path: pathlib.Path, *, how: str, calibration: Sequence[np.ndarray])
             come; or int8 weights and activations, with ranges from `calibration`.
         calibration: images as the file takes them.
     """
-    quantizer = files.optional("ai_edge_quantizer.quantizer", PURPOSE, install=EXTRA)
-    types = files.optional("ai_edge_quantizer.qtyping", PURPOSE, install=EXTRA)
-    algorithms = files.optional("ai_edge_quantizer.algorithm_manager", PURPOSE, install=EXTRA)
+    quantizer = importlib.import_module("ai_edge_quantizer.quantizer")
+    types = importlib.import_module("ai_edge_quantizer.qtyping")
+    algorithms = importlib.import_module("ai_edge_quantizer.algorithm_manager")
     worker = quantizer.Quantizer(bytearray(path.read_bytes()))
     everything = {"regex": ".*", "operation_name": types.TFLOperationName.ALL_SUPPORTED}
     if how == "fp16":
@@ -93,7 +85,7 @@ def quantize(path: pathlib.Path, *, how: str, calibration: Sequence[np.ndarray])
 
 def open_file(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     """LiteRT with XNNPACK at one thread, for one image at a time."""
-    interpreter = files.optional("ai_edge_litert.interpreter", PURPOSE, install=EXTRA)
+    interpreter = importlib.import_module("ai_edge_litert.interpreter")
     loaded = interpreter.Interpreter(str(path), num_threads=1)
     run = loaded.get_signature_runner(SIGNATURE)
     return lambda image: run(image=image)["logits"]

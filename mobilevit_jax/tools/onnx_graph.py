@@ -10,6 +10,7 @@ Before editing: only what our networks trace to is here, and whatever else appea
 name. The batch is one symbolic dimension; shapes name it -1.
 """
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +20,12 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from mobilevit_jax.tools import files
-
 Layout = tuple[int, ...]  # physical axis i holds the logical axis layout[i]
 
 CHANNELS_FIRST = (0, 3, 1, 2)
 OPSETS = range(13, 22)
 OPSET = 17  # the first with all that mobile runtimes share, and old enough for them
-PURPOSE = "ONNX files are written by the onnx package"
+MODULES = ("onnx", "onnxruntime")
 
 ELEMENTWISE: Mapping[str, str] = {
     "add": "Add",
@@ -131,10 +130,9 @@ def convert(
         producer: name that the file gives as its maker.
 
     Raises:
-        ConfigError: onnx is not installed.
         NotImplementedError: the function does something that has no node here.
     """
-    onnx = files.optional("onnx", PURPOSE)
+    onnx = importlib.import_module("onnx")
     graph = _Graph(onnx, opset)
     closed = jax.make_jaxpr(function)(image)
     start = _Value(image.shape, {tuple(range(len(image.shape))): "image"})
@@ -167,9 +165,7 @@ def convert(
     return model.SerializeToString()
 
 
-def _run(
-    graph: _Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]
-) -> list[Any]:
+def _run(graph: _Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     """Adds the nodes of a trace; inputs and results are values or, where known, arrays."""
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     known |= dict(zip(jaxpr.invars, inputs, strict=True))
