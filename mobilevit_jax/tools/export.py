@@ -223,6 +223,8 @@ def _resized(loaded: pretrained.Loaded, size: tuple[int, int] | None) -> pretrai
 def _function(
     model: zoo.nn.Module, variables: Any, spec: transforms.InputSpec, *, raw_input: bool
 ) -> Callable[[jax.Array], jax.Array]:
+    variables = jax.tree.map(jnp.asarray, variables)
+
     def run(image: jax.Array) -> jax.Array:
         x = steps.normalize(image, spec) if raw_input else image
         outputs: Any = model.apply(variables, x)
@@ -352,7 +354,7 @@ def _record(exported: Exported, network: Network, row: "Format", raw: bool) -> d
         "bytes": exported.bytes,
         "input": {
             "name": "image",
-            "dtype": network.dtype.name,
+            "dtype": row.pixels if raw else network.dtype.name,
             "shape": ["batch" if row.any_batch else 1, *network.size, 3],
             "pixels": "RGB, 0..255" if raw else "normalised as input_spec in config.json says",
         },
@@ -447,6 +449,7 @@ class Format(NamedTuple):
         open: a runtime for it; None where there is none on this machine.
         modules: that the extra of the format's name installs.
         any_batch: whether it takes any number of images; else one.
+        pixels: dtype of images with raw_input.
         one_thread: whether its latency is that of one thread.
         notes: for the user.
     """
@@ -456,6 +459,7 @@ class Format(NamedTuple):
     open: Callable[[pathlib.Path], Run] | None
     modules: Sequence[str] = ()
     any_batch: bool = True
+    pixels: str = "uint8"
     one_thread: bool = True
     notes: tuple[str, ...] = ()
 
@@ -489,6 +493,7 @@ FORMATS: Mapping[str, Format] = {
         _write_coreml,
         None,
         modules=coreml.MODULES,
+        pixels="int32",  # Core ML has no arrays of uint8
         any_batch=False,
         notes=(
             "It runs on Apple's machines only (iOS 18, macOS 15), in float16: nothing here could "
