@@ -149,7 +149,7 @@ def export(
     prepare = _prepare(spec, raw_input)
     calibration = [] if calibrate is None else _folder(calibrate, spec, most=CALIBRATION)
     network = Network(
-        _function(model, fold_norms(variables), spec, raw_input=raw_input),
+        inference(model, fold_norms(variables), spec, raw_input=raw_input),
         size=spec.size,
         dtype=np.dtype(np.uint8 if raw_input else np.float32),
         opset=opset,
@@ -161,7 +161,7 @@ def export(
         row.write(network, path)
         comparison = None
         if row.open is not None:
-            reference = jax.jit(_function(model, variables, spec, raw_input=True))
+            reference = jax.jit(inference(model, variables, spec, raw_input=True))
             comparison = _compare(
                 row.open(path),
                 reference,
@@ -220,9 +220,10 @@ def _resized(loaded: pretrained.Loaded, size: tuple[int, int] | None) -> pretrai
     return loaded._replace(pretrained=network._replace(input_spec=spec))
 
 
-def _function(
+def inference(
     model: zoo.nn.Module, variables: Any, spec: transforms.InputSpec, *, raw_input: bool
 ) -> Callable[[jax.Array], jax.Array]:
+    """The function from images, uint8 RGB with `raw_input` or else normalised, to logits."""
     variables = jax.tree.map(jnp.asarray, variables)
 
     def run(image: jax.Array) -> jax.Array:

@@ -140,6 +140,7 @@ def convert(
     (result,) = _run(graph, closed.jaxpr, consts, [start])
     last = graph.form(result, result.canonical)
     graph.nodes.append(onnx.helper.make_node("Identity", [last], ["logits"], "logits"))
+    _merge_softmaxes(graph)
     nodes = _merge_biases(graph)
     used = {name for node in nodes for name in node.input}
     helper = onnx.helper
@@ -454,6 +455,46 @@ def _is_view(shape: Sequence[Any], have: Layout) -> bool:
     """Whether a layout's memory is that of the trace's: only axes of one element have moved."""
     moved = [axis for axis in have if shape[axis] != 1]
     return moved == sorted(moved)
+
+
+def _merge_softmaxes(graph: _Graph) -> None:
+    """Makes one node of exp(x - max x) / sum exp(x - max x) along one axis."""
+    makers = {name: node for node in graph.nodes for name in node.output}
+
+    def maker(name: str, kind: str) -> Any:
+        node = makers.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    def reduced(name: str, kind: str) -> tuple[str, int] | None:
+        """What a node reduces, and along which axis, where the axis is kept with one element."""
+        shape = maker(name, "Reshape")
+        node = shape and maker(shape.input[0], kind)
+        if not node:
+            return None
+        attributes = {each.name: list(each.ints) for each in node.attribute}
+        axes = attributes["axes"] if len(node.input) == 1 else graph.weights[node.input[1]]
+        kept = len(axes) == 1 and graph.weights[shape.input[1]][axes[0]] == 1
+        return (node.input[0], int(axes[0])) if kept else None
+
+    for node in graph.nodes:
+        total = reduced(node.input[1], "ReduceSum") if node.op_type == "Div" else None
+        exponential = maker(node.input[0], "Exp") if total else None
+        if not exponential or total is None or total[0] != exponential.output[0]:
+            continue
+        difference = maker(exponential.input[0], "Sub")
+        if difference and reduced(difference.input[1], "ReduceMax") == (
+            difference.input[0],
+            total[1],
+        ):
+            softmax = graph.onnx.helper.make_node(
+                "Softmax", difference.input[:1], node.output, node.name, axis=total[1]
+            )
+            node.CopyFrom(softmax)
+    needed = {"logits"}
+    for node in reversed(graph.nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+    graph.nodes = [node for node in graph.nodes if needed.intersection(node.output)]
 
 
 def _merge_biases(graph: _Graph) -> list[Any]:
