@@ -38,7 +38,8 @@ $(VENV)/test.stamp: $(VENV)/core.stamp
 	# unpinned one may bring gigabytes of CUDA; timm and torchvision would ask for it again.
 	$(BIN)/python -m pip install --quiet --no-compile torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --no-compile $(LOCK) --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps timm torchvision
+	# Of foolbox only the photographs in it, labelled ones of ImageNet, are used.
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps timm torchvision foolbox==3.3.4
 	touch $@
 
 # Writes requirements.txt anew from the ranges in pyproject.toml, in a clean environment.

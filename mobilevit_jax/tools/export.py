@@ -12,33 +12,24 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pathlib
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
 from rich.console import Console
 
-from mobilevit_jax import build, checkpoint, report, steps
+from mobilevit_jax import build, report, steps
 from mobilevit_jax.data import transforms
-from mobilevit_jax.data.record import DataError, Record
-from mobilevit_jax.data.sources import EXTENSIONS
 from mobilevit_jax.models import zoo
 from mobilevit_jax.models.folding import fold_norms
-from mobilevit_jax.tools import coreml, files, formats, litert, onnx_graph, pretrained
+from mobilevit_jax.tools import compare, coreml, files, formats, litert, onnx_graph, pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max |Δ logit|, as a share of the range of the logits of an image; by --quantize.
 TOLERANCES: Mapping[str, float] = {"": 1e-4, "fp16": 1e-2, "dynamic": 0.1, "int8": 0.25}
-IMAGES = 64  # compared at most
 CALIBRATION = 256  # images at most
-REPEATS = 20  # of the network, for its latency
-
-Run = Callable[[np.ndarray], np.ndarray]  # images to logits, at one thread
 
 
 class Network(NamedTuple):
@@ -65,36 +56,13 @@ class Network(NamedTuple):
         return jax.ShapeDtypeStruct((batch, *self.size, 3), self.dtype)
 
 
-class Comparison(NamedTuple):
-    """What the file computes, next to the network it was made of.
-
-    Attributes:
-        images: number of them.
-        source: what they are.
-        difference: max |Δ logit|.
-        share: the same, of the range of an image's logits.
-        tolerance: what `share` may be.
-        agreement: share of the images with the same most probable label.
-        latency: seconds for one image at one thread, the median; None where the runtime takes as
-            many threads as there are.
-    """
-
-    images: int
-    source: str
-    difference: float
-    share: float
-    tolerance: float
-    agreement: float
-    latency: float | None
-
-
 class Exported(NamedTuple):
     """What was written: its place, its size, and how it compares; None where nothing can run it."""
 
     path: pathlib.Path
     format: str
     bytes: int
-    comparison: Comparison | None
+    comparison: compare.Comparison | None
     notes: tuple[str, ...]
 
 
@@ -143,11 +111,13 @@ def export(
     loaded = pretrained.read(source, weights=weights, checkpoint=checkpoint)
     loaded = _resized(loaded, size)
     spec = loaded.pretrained.input_spec
-    shown, whence = _images(images, spec)
+    shown, whence = compare.images(images, spec)
     model = loaded.pretrained.model.clone(dtype=jnp.float32, remat=())
     variables = loaded.pretrained.variables
     prepare = _prepare(spec, raw_input)
-    calibration = [] if calibrate is None else _folder(calibrate, spec, most=CALIBRATION)
+    calibration = (
+        [] if calibrate is None else compare.read_folder(calibrate, spec, most=CALIBRATION)
+    )
     network = Network(
         inference(model, fold_norms(variables), spec, raw_input=raw_input),
         size=spec.size,
@@ -162,7 +132,7 @@ def export(
         comparison = None
         if row.open is not None:
             reference = jax.jit(inference(model, variables, spec, raw_input=True))
-            comparison = _compare(
+            comparison = compare.compare(
                 row.open(path),
                 reference,
                 shown,
@@ -171,7 +141,7 @@ def export(
                 tolerance=TOLERANCES[quantize],
                 single=row.one_thread,
             )
-            _check_same(comparison, f"{source} as {format}")
+            compare.check_same(comparison, f"{source} as {format}")
         exported = Exported(target / row.file, format, _size(path), comparison, row.notes)
         config = formats.write_native(
             loaded.family,
@@ -234,111 +204,12 @@ def inference(
     return run
 
 
-# --- images ---------------------------------------------------------------------------------------
-
-
-def _prepare(spec: transforms.InputSpec, raw_input: bool) -> Run:
+def _prepare(spec: transforms.InputSpec, raw_input: bool) -> compare.Run:
     """From images as they are decoded to those that the file takes."""
     if raw_input:
         return lambda image: image
     normalize = jax.jit(lambda image: steps.normalize(image, spec))
     return lambda image: np.asarray(normalize(image))
-
-
-def _images(
-    folder: pathlib.Path | None, spec: transforms.InputSpec
-) -> tuple[list[UInt8[np.ndarray, "1 h w 3"]], str]:
-    """Images to compare on, a batch each, and what they are."""
-    if folder is not None:
-        return _folder(folder, spec, most=IMAGES), f"images of {folder}"
-    found = importlib.util.find_spec("foolbox")
-    places = (found.submodule_search_locations or ()) if found is not None else ()
-    for place in places:
-        photographs = sorted((pathlib.Path(place) / "data").glob("imagenet_*.jpg"))
-        if photographs:
-            return _decode(photographs, spec), "photographs of ImageNet, of the package foolbox"
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (8, 1, *spec.size, 3), np.uint8)
-    return list(noise), "images of noise"
-
-
-def _folder(
-    folder: pathlib.Path, spec: transforms.InputSpec, *, most: int
-) -> list[UInt8[np.ndarray, "1 h w 3"]]:
-    if not folder.is_dir():
-        raise build.ConfigError(f"there is no directory {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
-    # Evenly spread: in folders of classes the first ones would be of one class.
-    chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
-    return _decode([paths[i] for i in chosen], spec)
-
-
-def _decode(
-    paths: Sequence[pathlib.Path], spec: transforms.InputSpec
-) -> list[UInt8[np.ndarray, "1 h w 3"]]:
-    view = transforms.evaluation(spec)
-    decoded = [np.zeros((1, *spec.size, 3), np.uint8) for _ in paths]
-    for path, image in zip(paths, decoded, strict=True):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        view(Record(image=content, label=0, name=str(path)), image[0])
-    return decoded
-
-
-# --- comparison -----------------------------------------------------------------------------------
-
-
-def _compare(
-    run: Run,
-    reference: Callable[[Any], Any],
-    images: Sequence[UInt8[np.ndarray, "1 h w 3"]],
-    prepare: Run,
-    *,
-    source: str,
-    tolerance: float,
-    single: bool,
-) -> Comparison:
-    expected = np.concatenate([np.asarray(reference(image)) for image in images])
-    inputs = [prepare(image) for image in images]
-    found = np.concatenate([run(each) for each in inputs])
-    seconds = []
-    for _ in range(REPEATS if single else 0):
-        begin = time.perf_counter()
-        run(inputs[0])
-        seconds.append(time.perf_counter() - begin)
-    return Comparison(
-        images=len(images),
-        source=source,
-        **_differences(expected, found),
-        tolerance=tolerance,
-        latency=statistics.median(seconds) if seconds else None,
-    )
-
-
-def _differences(
-    expected: Float[np.ndarray, "n k"], found: Float[np.ndarray, "n k"]
-) -> dict[str, float]:
-    apart = np.abs(expected - found).max(1)
-    return {
-        "difference": float(apart.max()),
-        "share": float((apart / np.ptp(expected, axis=1)).max()),
-        "agreement": float((expected.argmax(1) == found.argmax(1)).mean()),
-    }
-
-
-def _check_same(comparison: Comparison, name: str) -> None:
-    if comparison.share <= comparison.tolerance:
-        return
-    raise checkpoint.CheckpointError(
-        f"{name} computes something else: on {comparison.images} {comparison.source} its logits "
-        f"differ by up to {comparison.share:.1e} of their range, and {comparison.tolerance:.0e} is "
-        f"the tolerance ({100 * comparison.agreement:.0f} % have the same label); nothing is "
-        "written"
-    )
 
 
 def _size(path: pathlib.Path) -> int:
@@ -403,7 +274,7 @@ def _write_stablehlo(network: Network, path: pathlib.Path) -> None:
     path.write_bytes(exported.serialize())
 
 
-def _open_stablehlo(path: pathlib.Path) -> Run:
+def _open_stablehlo(path: pathlib.Path) -> compare.Run:
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     call = jax.jit(exported.call)
     return lambda image: np.asarray(call(image))
@@ -417,7 +288,7 @@ def _write_onnx(network: Network, path: pathlib.Path) -> None:
     path.write_bytes(content)
 
 
-def open_onnx(path: pathlib.Path) -> Run:
+def open_onnx(path: pathlib.Path) -> compare.Run:
     """ONNX Runtime at one thread."""
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
@@ -457,7 +328,7 @@ class Format(NamedTuple):
 
     file: str
     write: Callable[[Network, pathlib.Path], None]
-    open: Callable[[pathlib.Path], Run] | None
+    open: Callable[[pathlib.Path], compare.Run] | None
     modules: Sequence[str] = ()
     any_batch: bool = True
     pixels: str = "uint8"

@@ -15,7 +15,7 @@ from mobilevit_jax import build, checkpoint, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.models import zoo
-from mobilevit_jax.tools import export, pretrained
+from mobilevit_jax.tools import compare, export, pretrained
 from tests.weights import LABELS
 
 FILES = {"config.json", "export.json", "labels.txt"}
@@ -47,7 +47,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(export, "REPEATS", 2)
+    monkeypatch.setattr(compare, "REPEATS", 2)
 
 
 @functools.cache
@@ -137,6 +137,16 @@ def test_the_weights_asked_for(workdir, images, tmp_path):
         _, normal, _ = expected(workdir, images)
         taken[weights] = export.open_onnx(exported.path)(normal)
     assert np.abs(taken["raw"] - taken["ema"]).max() > 0.1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="foolbox is missing")
+def test_photographs_of_imagenet_are_compared_where_there_are_some(native, tmp_path):
+    export.export(native, tmp_path / "x", format="stablehlo")
+    compared = json.loads((tmp_path / "x" / "export.json").read_text())["comparison"]
+    assert compared["images"] == 20
+    assert "foolbox" in compared["source"]
+    assert compared["agreement"] == 1
+    assert 0 < compared["share"] < 1e-4
 
 
 @needs("tflite")
