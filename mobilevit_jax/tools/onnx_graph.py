@@ -24,7 +24,7 @@ Layout = tuple[int, ...]  # physical axis i holds the logical axis layout[i]
 
 CHANNELS_FIRST = (0, 3, 1, 2)
 OPSETS = range(13, 22)
-OPSET = 17  # the first with all that mobile runtimes share, and old enough for them
+OPSET = 17  # of 2022: runtimes on phones have it
 MODULES = ("onnx", "onnxruntime")
 
 ELEMENTWISE: Mapping[str, str] = {
@@ -145,13 +145,12 @@ def convert(
     used = {name for node in nodes for name in node.input}
     helper = onnx.helper
     tensor = helper.make_tensor_value_info
-    names = lambda shape: ["batch" if size == -1 else size for size in _sizes(shape)]  # noqa: E731
     model = helper.make_model(
         helper.make_graph(
             nodes,
             producer,
-            [tensor("image", helper.np_dtype_to_tensor_dtype(image.dtype), names(image.shape))],
-            [tensor("logits", onnx.TensorProto.FLOAT, names(result.shape))],
+            [tensor("image", helper.np_dtype_to_tensor_dtype(image.dtype), _named(image.shape))],
+            [tensor("logits", onnx.TensorProto.FLOAT, _named(result.shape))],
             [
                 onnx.numpy_helper.from_array(array, name)
                 for name, array in graph.weights.items()
@@ -449,6 +448,10 @@ OTHERS: Mapping[str, Callable[..., Any]] = {
 def _sizes(shape: Sequence[Any]) -> list[int]:
     """A shape for a node: the batch's dimension, which is no number, as -1."""
     return [size if isinstance(size, int) else -1 for size in shape]
+
+
+def _named(shape: Sequence[Any]) -> list[int | str]:
+    return [size if isinstance(size, int) else "batch" for size in shape]
 
 
 def _is_view(shape: Sequence[Any], have: Layout) -> bool:

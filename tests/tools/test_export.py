@@ -231,7 +231,8 @@ def test_a_folder_without_images(native, tmp_path):
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_in_every_format(name, format, tmp_path):
     exported = export.export(name, tmp_path / "x", format=format, raw_input=True)
-    assert exported.bytes > zoo.ZOO[name].params * (2 if format == "coreml" else 4)
+    # Without the norms' factors; of Core ML in float16.
+    assert exported.bytes > zoo.ZOO[name].params * (1.95 if format == "coreml" else 3.9)
     if exported.comparison is not None:
         assert exported.comparison.agreement == 1
         print(name, format, exported.bytes, exported.comparison)
