@@ -96,10 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--formats", nargs="+", default=["onnx", "tflite"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console, results = Console(), {}
-    for format in ("onnx", "tflite"):
+    for format in args.formats:
         try:
             files.check_installed(export.FORMATS[format].modules, extra=format)
         except export.build.ConfigError as error:
