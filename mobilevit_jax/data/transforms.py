@@ -18,7 +18,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mobilevit_jax.data import jpeg
 from mobilevit_jax.data.augment import Policy
@@ -51,6 +51,16 @@ CHANNEL_ORDERS = ("rgb", "bgr")
 # A fixed list, because Pillow would hand a PostScript file called x.jpg to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 PIXEL_LIMIT = 89_478_485  # 256 MiB decoded; also where Pillow begins to suspect a bomb
+# EXIF's orientations but the upright one, 1: what turns the pixels upright. CIPA DC-008, 4.6.5.1.
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: np.rot90(pixels),
+}
 
 
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -96,6 +106,43 @@ def decode(record: Record) -> Pixels:
     """
     image = _open(record)
     return image.whole()
+
+
+def upright(record: Record) -> Record:
+    """The record, or one of its pixels turned upright where its EXIF data say that it lies.
+
+    Photographs of phones often do. Training and evaluation leave them as they are, like PIL,
+    torchvision and TF; this is for images that people bring (Hugging Face's pipeline does it too).
+    Data about the picture that cannot be read say nothing.
+
+    Raises:
+      CorruptError: as `decode`, for what has to be decoded here.
+    """
+    if isinstance(record.image, np.ndarray):
+        return record
+    header = jpeg.read_header(record.image)
+    if header is None:
+        return record._replace(image=_decode_with_pillow(record, turn=True))
+    about = record.image[: header.scan_at]
+    if b"Exif" not in about and b"Orientation" not in about:  # the latter in XMP
+        return record
+    try:
+        with Image.open(io.BytesIO(record.image), formats=FORMATS) as image:
+            turn = _turn(image)
+    except Exception:  # whatever Pillow raises, `decode` has the say
+        return record
+    return record if turn is None else record._replace(image=_turned(decode(record), turn))
+
+
+def _turn(image: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow raises on bad data about a picture that may be whole
+        return None
+
+
+def _turned(pixels: Pixels, turn: Callable[[np.ndarray], np.ndarray]) -> Pixels:
+    return np.ascontiguousarray(turn(pixels))
 
 
 class _Jpeg:
@@ -152,13 +199,16 @@ def _open(record: Record) -> _Jpeg | _Decoded:
     return _Jpeg(record.image, header, record)
 
 
-def _decode_with_pillow(record: Record) -> Pixels:
+def _decode_with_pillow(record: Record, *, turn: bool = False) -> Pixels:
     assert isinstance(record.image, bytes)
     try:
         with Image.open(io.BytesIO(record.image), formats=FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise Image.DecompressionBombError
-            return _to_rgb(image)
+            pixels = _to_rgb(image)
+            # Asked after decoding: of a TIFF, Pillow has turned it by then.
+            upright = _turn(image) if turn else None
+            return pixels if upright is None else _turned(pixels, upright)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(record) from error
     except Exception as error:  # a broken file may raise anything inside Pillow, MemoryError too

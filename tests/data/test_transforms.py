@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mobilevit_jax.data import transforms
-from mobilevit_jax.data.record import DataError, Record
+from mobilevit_jax.data.record import CorruptError, DataError, Record
 from mobilevit_jax.data.transforms import (
     InputSpec,
     decode,
@@ -510,3 +510,33 @@ def test_transforms_are_pure():
         assert not np.array_equal(first, shown(make, Record(image, 0, "x"), rng(6), (32, 32)))
     assert np.array_equal(image, copy)
     assert set(transforms.TRANSFORMS) == {"random_resized_crop", "pad_crop"}
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "tiff", "webp"])
+def test_upright_as_exif_says(suffix):
+    pixels = np.arange(40 * 24 * 3, dtype=np.uint32).reshape(40, 24, 3) % 251
+    image = Image.fromarray(pixels.astype(np.uint8))
+    for orientation in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        image.save(file, suffix, exif=exif)
+        record = Record(file.getvalue(), 0, "x")
+        with Image.open(file) as reopened:
+            want = np.asarray(ImageOps.exif_transpose(reopened).convert("RGB"))
+        assert want.shape[:2] == ((24, 40) if 5 <= orientation <= 8 else (40, 24))
+        np.testing.assert_array_equal(transforms.decode(transforms.upright(record)), want)
+
+
+def test_upright_leaves_the_rest_alone():
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7)).save(file, "jpeg")
+    data = file.getvalue()
+    record = Record(data, 0, "x")
+    assert transforms.upright(record) is record
+    # Data about the picture that are no EXIF: it is whole all the same.
+    broken = b"\xff\xe1\x00\x10Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff"
+    record = Record(data[:2] + broken + data[2:], 0, "x")
+    assert transforms.decode(transforms.upright(record)).shape == (7, 9, 3)
+    with pytest.raises(CorruptError, match="unknown format"):
+        transforms.upright(Record(b"no image", 0, "x"))

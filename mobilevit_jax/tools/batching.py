@@ -1,0 +1,219 @@
+"""Dynamic batching: requests that arrive one by one are computed in batches of a few fixed sizes.
+
+Each request brings a function that makes its image; a pool of threads calls it. One thread computes
+what is ready. It waits for more only while more is on its way, and not longer than `max_delay`. The
+number of requests inside is bounded: one more is `Overloaded`, at once, and costs nothing.
+
+Before editing: futures may be cancelled at any moment (a client that hangs up), and their callbacks
+run in whatever thread does it. The lock is reentrant for that reason.
+"""
+
+import collections
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+Images = UInt8[np.ndarray, "b h w 3"]
+Rows = Float[np.ndarray, "b k"]
+
+
+class Overloaded(Exception):
+    """There are as many requests inside as may be.
+
+    Attributes:
+        retry_after: seconds until about half of them are answered, 1 at least.
+    """
+
+    def __init__(self, inside: int, retry_after: int) -> None:
+        super().__init__(f"{inside} requests are waiting; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class BatchError(Exception):
+    """Computing the batch failed in which the request was; `__cause__` says how."""
+
+
+class Counts(NamedTuple):
+    """What a batcher has done so far, and does.
+
+    Attributes:
+        waiting: requests inside, not answered yet.
+        batches: how many were computed, by their size.
+        images: how many there were in them, without padding.
+        seconds: spent on computing them.
+        failed: batches that raised.
+    """
+
+    waiting: int
+    batches: dict[int, int]
+    images: int
+    seconds: float
+    failed: int
+
+
+class _Ready(NamedTuple):
+    image: UInt8[np.ndarray, "h w 3"]
+    future: Future[Any]
+    since: float  # seconds, time.monotonic()
+
+
+def plan(seconds: Mapping[int, float]) -> list[int]:
+    """For 0, 1, 2, … waiting images, the size of the batch to begin with.
+
+    All of them are to be done soonest: where a batch costs in proportion to its size (CPUs) 5
+    become 4 and 1, where a larger one costs little more (accelerators) they are padded to 8.
+
+    Args:
+        seconds: what a batch takes, by its size; 1 must be among the sizes.
+    """
+    sizes = sorted(seconds, reverse=True)  # of equally good ones the larger: it answers more
+    total, first = [0.0], [0]
+    for waiting in range(1, sizes[0] + 1):
+        costs = {size: seconds[size] + total[max(waiting - size, 0)] for size in sizes}
+        first.append(min(costs, key=lambda size: costs[size]))
+        total.append(costs[first[-1]])
+    return first
+
+
+class Batcher:
+    """Computes images in batches; see the top of this file.
+
+    Args:
+        compute: from a batch of images, padded with zeros, to a row for each. It is called by one
+            thread at a time.
+        seconds: what it takes, by the sizes that it can be called with; 1 must be among them.
+        size: (h, w) of the images.
+        max_delay: seconds that an image waits at most for others to come with it.
+        max_waiting: requests inside at most.
+        decoders: threads that call the functions given to `submit`.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Images], Rows],
+        *,
+        seconds: Mapping[int, float],
+        size: tuple[int, int],
+        max_delay: float,
+        max_waiting: int,
+        decoders: Executor,
+    ) -> None:
+        self._compute, self._size, self._decoders = compute, size, decoders
+        self._plan, self._max_delay, self._max_waiting = plan(seconds), max_delay, max_waiting
+        self._rate = max(size / taken for size, taken in seconds.items())  # images/s at best
+        self._changed = threading.Condition(threading.RLock())
+        self._ready: collections.deque[_Ready] = collections.deque()
+        self._inside = self._decoding = 0
+        self._closed = False
+        self._batches = dict.fromkeys(sorted(seconds), 0)
+        self._images, self._seconds, self._failed = 0, 0.0, 0
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    def submit(self, decode: Callable[[UInt8[np.ndarray, "h w 3"]], None]) -> Future[Any]:
+        """The row of an image, some time later.
+
+        Args:
+            decode: writes the image into the array it is given. What it raises, the future raises.
+
+        Raises:
+            Overloaded: too many are waiting.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            if self._inside >= self._max_waiting:
+                seconds = math.ceil(self._inside / 2 / self._rate)
+                raise Overloaded(self._inside, max(1, seconds))
+            self._inside += 1
+            self._decoding += 1
+        future.add_done_callback(self._answered)
+        self._decoders.submit(self._decode, decode, future)
+        return future
+
+    def counts(self) -> Counts:
+        """What it has done so far."""
+        with self._changed:
+            batches = dict(self._batches)
+            return Counts(self._inside, batches, self._images, self._seconds, self._failed)
+
+    def close(self) -> None:
+        """Takes no more, answers what is inside, and ends."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _answered(self, future: Future[Any]) -> None:
+        with self._changed:
+            self._inside -= 1
+
+    def _decode(
+        self, decode: Callable[[UInt8[np.ndarray, "h w 3"]], None], future: Future[Any]
+    ) -> None:
+        image, failure = np.zeros((*self._size, 3), np.uint8), None
+        if not future.cancelled():
+            try:
+                decode(image)
+            except Exception as error:  # it belongs to the request, whatever it is
+                failure = error
+        with self._changed:
+            self._decoding -= 1
+            if failure is None:
+                self._ready.append(_Ready(image, future, time.monotonic()))
+            self._changed.notify_all()
+        if failure is not None and future.set_running_or_notify_cancel():
+            future.set_exception(failure)
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self._run(*batch)
+
+    def _next(self) -> tuple[list[_Ready], int] | None:
+        """The images of the next batch, and its size with padding; None when there is no more."""
+        largest = len(self._plan) - 1
+        with self._changed:
+            while not self._ready:
+                if self._closed and not self._decoding:
+                    return None
+                self._changed.wait()
+            deadline = self._ready[0].since + self._max_delay
+            while self._decoding and len(self._ready) < largest:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            size = self._plan[min(len(self._ready), largest)]
+            return [self._ready.popleft() for _ in range(min(size, len(self._ready)))], size
+
+    def _run(self, ready: list[_Ready], size: int) -> None:
+        ready = [each for each in ready if each.future.set_running_or_notify_cancel()]
+        if not ready:
+            return
+        images = np.zeros((size, *self._size, 3), np.uint8)
+        for row, each in enumerate(ready):
+            images[row] = each.image
+        begin, rows, failure = time.monotonic(), None, None
+        try:
+            rows = self._compute(images)
+        except Exception as error:  # the next batch may go well
+            failure = error
+        with self._changed:  # before the answers, so that who has one finds it counted
+            self._seconds += time.monotonic() - begin
+            self._batches[size] += 1
+            self._images += len(ready)
+            self._failed += failure is not None
+        for row, each in enumerate(ready):
+            if rows is not None:
+                each.future.set_result(rows[row])
+                continue
+            broken = BatchError(f"a batch of {len(ready)} images failed: {failure}")
+            broken.__cause__ = failure
+            each.future.set_exception(broken)
