@@ -6,6 +6,7 @@
     predict   label images
     convert   write a model for Hugging Face, timm, cvnets or this package
     export    write a model for phones and other runtimes: StableHLO, ONNX, LiteRT, Core ML
+    serve     answer over HTTP, as the Hugging Face Inference API does
     profile   count parameters, MACs and activations of a model, and time it
     data      look at a config's images: counts, broken files, loading speed, pictures
     prepare   pack ImageNet or a folder of images for fast training, or verify a pack
@@ -29,6 +30,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import importlib.util
 import json
 import logging
@@ -166,14 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", action="store_true", help="print one JSON object a model")
 
     _add_sweep(verbs)
+    serve = _add_serve(verbs)
     _add_data(verbs)
     _add_prepare(verbs)
 
-    for verb in (predict, convert, export):
+    for verb in (predict, convert, export, serve):
         verb.add_argument(
             "--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or last"
         )
-    for verb in (evaluate, predict, convert, export):
+    for verb in (evaluate, predict, convert, export, serve):
         verb.add_argument(
             "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best, a step"
         )
@@ -285,6 +288,44 @@ def _add_export(
     return export
 
 
+def _add_serve(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    serve = verbs.add_parser(
+        "serve",
+        help="answer over HTTP, as the Hugging Face Inference API does",
+        epilog="POST an image to / or /models/NAME; GET / shows a page to try it. NAME is that of "
+        "the directory or file, or the Hub id. SIGTERM and Ctrl-C finish what was accepted.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("references", nargs="+", metavar="REFERENCE", help=REFERENCE)
+    serve.add_argument("--host", default="127.0.0.1", help="address (127.0.0.1; 0.0.0.0 for all)")
+    serve.add_argument("--port", type=int, default=8000, help="0 for any that is free (8000)")
+    serve.add_argument(
+        "--token",
+        default=os.environ.get("MOBILEVIT_TOKEN"),
+        help="that requests must bear (the environment's MOBILEVIT_TOKEN, which ps does not show)",
+    )
+    serve.add_argument(
+        "--max-batch", type=_positive, default=16, metavar="N", help="images at once (16)"
+    )
+    serve.add_argument(
+        "--max-delay-ms",
+        type=_milliseconds,
+        default=5.0,
+        metavar="MS",
+        help="that an image waits at most for others (5)",
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="requests of a model at a time; more are told to come again (128)",
+    )
+    return serve
+
+
 def _add_data(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     data = verbs.add_parser(
         "data",
@@ -381,6 +422,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 10,000")
     return value
 
 
@@ -786,6 +834,25 @@ def _export(args: argparse.Namespace) -> None:
     export.print_exported(exported, Console())
 
 
+def _serve(args: argparse.Namespace) -> None:
+    if missing := [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]:
+        raise UsageError(f"serve needs {' and '.join(missing)}: pip install 'mobilevit_jax[serve]'")
+    from mobilevit_jax.tools import serve
+
+    serve.serve(
+        args.references,
+        host=args.host,
+        port=args.port,
+        token=args.token,
+        max_batch=args.max_batch,
+        max_delay=args.max_delay_ms / 1e3,
+        max_waiting=args.max_waiting,
+        weights=args.weights,
+        checkpoint=args.checkpoint,
+        note=functools.partial(print, flush=True),
+    )
+
+
 def _profile(args: argparse.Namespace) -> None:
     if (args.reference is None) != args.all:
         raise UsageError("give a model or --all: profile mobilevitv2_100; profile --all")
@@ -980,6 +1047,8 @@ def _run(argv: Sequence[str]) -> int:
         _convert(args)
     elif args.verb == "export":
         _export(args)
+    elif args.verb == "serve":
+        _serve(args)
     elif args.verb == "profile":
         _profile(args)
     elif args.verb == "data":

@@ -141,7 +141,7 @@ def _turn(image: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
         return None
 
 
-def _turned(pixels: Pixels, turn: Callable[[np.ndarray], np.ndarray]) -> Pixels:
+def _turned(pixels: Pixels, turn: Callable[[np.ndarray], np.ndarray]) -> Out:
     return np.ascontiguousarray(turn(pixels))
 
 
@@ -294,6 +294,20 @@ def _evaluation(
     )
     top, left = top - down.start, left - across.start
     out[...] = resized.crop((left, top, left + size[1], top + size[0]))
+
+
+def shown(record: Record, spec: InputSpec) -> tuple[float, float, float, float]:
+    """What `evaluation` shows of an image: left, top, width, height, as shares of its sides.
+
+    Where the picture is padded, the box begins below 0 and ends above 1.
+
+    Raises:
+      CorruptError: not an image.
+    """
+    image = _open(record)
+    height, width = _short_size(record, image.height, image.width, spec.resize)
+    top, left = (height - spec.size[0]) // 2, (width - spec.size[1]) // 2
+    return left / width, top / height, spec.size[1] / width, spec.size[0] / height
 
 
 class _Reach(NamedTuple):

@@ -12,15 +12,15 @@ import collections
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
+Image = UInt8[np.ndarray, "h w 3"]
 Images = UInt8[np.ndarray, "b h w 3"]
-Rows = Float[np.ndarray, "b k"]
 
 
 class Overloaded(Exception):
@@ -58,7 +58,7 @@ class Counts(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    image: UInt8[np.ndarray, "h w 3"]
+    image: Image
     future: Future[Any]
     since: float  # seconds, time.monotonic()
 
@@ -85,8 +85,8 @@ class Batcher:
     """Computes images in batches; see the top of this file.
 
     Args:
-        compute: from a batch of images, padded with zeros, to a row for each. It is called by one
-            thread at a time.
+        compute: from a batch of images, padded with zeros, to what is answered for each. It is
+            called by one thread at a time.
         seconds: what it takes, by the sizes that it can be called with; 1 must be among them.
         size: (h, w) of the images.
         max_delay: seconds that an image waits at most for others to come with it.
@@ -96,7 +96,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[Images], Rows],
+        compute: Callable[[Images], Sequence[Any]],
         *,
         seconds: Mapping[int, float],
         size: tuple[int, int],
@@ -116,8 +116,8 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
-    def submit(self, decode: Callable[[UInt8[np.ndarray, "h w 3"]], None]) -> Future[Any]:
-        """The row of an image, some time later.
+    def submit(self, decode: Callable[[Image], None]) -> Future[Any]:
+        """What `compute` makes of an image, some time later.
 
         Args:
             decode: writes the image into the array it is given. What it raises, the future raises.
@@ -155,9 +155,7 @@ class Batcher:
         with self._changed:
             self._inside -= 1
 
-    def _decode(
-        self, decode: Callable[[UInt8[np.ndarray, "h w 3"]], None], future: Future[Any]
-    ) -> None:
+    def _decode(self, decode: Callable[[Image], None], future: Future[Any]) -> None:
         image, failure = np.zeros((*self._size, 3), np.uint8), None
         if not future.cancelled():
             try:

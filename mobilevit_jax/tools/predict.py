@@ -60,7 +60,8 @@ def predict(
     size = model.input_spec.size
     view = transforms.evaluation(model.input_spec)
     if attention is not None:
-        _check_attention(model.model)
+        if reason := no_attention(model.model):
+            raise build.ConfigError(f"--attention: {reason}")
         _make(attention)
     pictures = _picture_names(images)
     step = jax.jit(
@@ -124,18 +125,17 @@ def attention_step(
     return {**task.predict(outputs), "attention": maps}
 
 
-def _check_attention(model: zoo.nn.Module) -> None:
+def no_attention(model: zoo.nn.Module) -> str | None:
+    """Why there are no maps of a network's attention; None where there are."""
     kind = getattr(model, "attention", None)
     if kind is None:
-        raise build.ConfigError(
-            f"--attention: a {type(model).__name__} has no attention; that takes a MobileViT, of "
-            "v1 or v2"
-        )
+        return f"a {type(model).__name__} has no attention; that takes a MobileViT, of v1 or v2"
     if kind == "linformer":
-        raise build.ConfigError(
-            "--attention: linformer's attention goes to mixtures of patches, not to places; there "
-            "are maps of separable and multihead"
+        return (
+            "linformer's attention goes to mixtures of patches, not to places; there are maps of "
+            "separable and multihead"
         )
+    return None
 
 
 def _make(directory: pathlib.Path) -> None:

@@ -540,3 +540,10 @@ def test_upright_leaves_the_rest_alone():
     assert transforms.decode(transforms.upright(record)).shape == (7, 9, 3)
     with pytest.raises(CorruptError, match="unknown format"):
         transforms.upright(Record(b"no image", 0, "x"))
+
+
+def test_what_is_shown():
+    spec = SPEC._replace(size=(8, 16), resize=20)
+    assert transforms.shown(encode(picture(40, 80)), spec) == (12 / 40, 6 / 20, 16 / 40, 8 / 20)
+    spec = SPEC._replace(size=(32, 32), resize=16)
+    assert transforms.shown(encode(picture(16, 20)), spec) == (-6 / 20, -8 / 16, 32 / 20, 32 / 16)

@@ -1,0 +1,283 @@
+"""A model that answers requests: compiled and warm, its weights exchanged while it works.
+
+A `Version` is a model with one set of weights, and its queue. Reloading makes another one, which
+takes over the compiled programs where the network is the same; requests that the old one accepted
+are answered by it. Preprocessing is the evaluation transform of `data.transforms`, on the upright
+picture.
+"""
+
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from mobilevit_jax import programs, steps
+from mobilevit_jax.data import transforms
+from mobilevit_jax.data.record import Record
+from mobilevit_jax.data.transforms import InputSpec
+from mobilevit_jax.models import zoo
+from mobilevit_jax.tasks import classification
+from mobilevit_jax.tools import batching, files, predict, pretrained
+from mobilevit_jax.tree import Tree
+
+FUNCTIONS = ("softmax", "sigmoid", "none")
+TIMED = 2  # runs of a program, of which the faster one counts
+
+
+class Programs(NamedTuple):
+    """What is compiled of a network; weights are arguments.
+
+    Attributes:
+        model: the network.
+        input_spec: how it wants its images.
+        classify: from (variables, images) to logits, by the number of images.
+        attend: the same for one image, with its attention; None where there is none to show.
+        seconds: what `classify` takes, by the number of images.
+        attend_seconds: what `attend` takes.
+    """
+
+    model: zoo.nn.Module
+    input_spec: InputSpec
+    classify: dict[int, Callable[..., Any]]
+    attend: Callable[..., Any] | None
+    seconds: dict[int, float]
+    attend_seconds: float
+
+
+class Attention(NamedTuple):
+    """What a network says of one image, and where it looked.
+
+    Attributes:
+        probability: of each class.
+        maps: by the name of the stage that holds the block; multiples of the average.
+    """
+
+    probability: Float[np.ndarray, " k"]
+    maps: dict[str, Float[np.ndarray, "_ _"]]
+
+
+class Version:
+    """A model with one set of weights.
+
+    Attributes:
+        loaded: the model, its variables on the device.
+        programs: compiled for it.
+        since: seconds since the epoch when it was loaded.
+    """
+
+    def __init__(
+        self,
+        loaded: pretrained.Loaded,
+        programs: Programs,
+        *,
+        max_delay: float,
+        max_waiting: int,
+        decoders: Executor,
+    ) -> None:
+        self.loaded, self.programs, self.since = loaded, programs, time.time()
+        self._view = transforms.evaluation(programs.input_spec)
+        how = {"size": programs.input_spec.size, "decoders": decoders}
+        self._queue = batching.Batcher(
+            self._classify,
+            seconds=programs.seconds,
+            max_delay=max_delay,
+            max_waiting=max_waiting,
+            **how,
+        )
+        self._looks = programs.attend and batching.Batcher(
+            self._attend,
+            seconds={1: programs.attend_seconds},
+            max_delay=0.0,
+            max_waiting=max(programs.classify),
+            **how,
+        )
+
+    def classify(self, image: bytes) -> Future[Float[np.ndarray, " k"]]:
+        """The logits of an image file, some time later.
+
+        The future raises DataError if it is no image, BatchError if computing failed.
+
+        Raises:
+            Overloaded: too many are waiting.
+        """
+        return self._queue.submit(functools.partial(self._decode, image))
+
+    def attend(self, image: bytes) -> Future[Attention] | None:
+        """As `classify`, with the attention; None where the network has none to show."""
+        if self._looks is None:
+            return None
+        return self._looks.submit(functools.partial(self._decode, image))
+
+    def shown(self, image: bytes) -> tuple[float, float, float, float]:
+        """What the network sees of an image, see `transforms.shown`."""
+        return transforms.shown(transforms.upright(_record(image)), self.programs.input_spec)
+
+    def counts(self) -> batching.Counts:
+        """What the queue has done so far."""
+        return self._queue.counts()
+
+    def close(self) -> None:
+        """Answers what it has accepted, and ends."""
+        self._queue.close()
+        if self._looks is not None:
+            self._looks.close()
+
+    def _decode(self, image: bytes, out: UInt8[np.ndarray, "h w 3"]) -> None:
+        self._view(transforms.upright(_record(image)), out)
+
+    def _classify(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b k"]:
+        program = self.programs.classify[len(images)]
+        return _finite(np.asarray(program(self.loaded.pretrained.variables, images)))
+
+    def _attend(self, images: UInt8[np.ndarray, "b h w 3"]) -> list[Attention]:
+        assert self.programs.attend is not None
+        outputs = jax.device_get(self.programs.attend(self.loaded.pretrained.variables, images))
+        maps = {name: values[0] for name, values in sorted(outputs["attention"].items())}
+        relative = {name: values * values.size for name, values in maps.items()}
+        return [Attention(_finite(outputs["probability"])[0], relative)]
+
+
+def identify(reference: str) -> str:
+    """What a model is called in addresses: a directory or file by its name, others as they are."""
+    path = pathlib.Path(reference).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else reference.removeprefix(files.HUB_PREFIX)
+
+
+def load(
+    reference: str,
+    *,
+    weights: str,
+    checkpoint: str,
+    sizes: tuple[int, ...],
+    before: Programs | None = None,
+    note: Callable[[str], None],
+    **queue: Any,
+) -> Version:
+    """Reads a model, compiles it and warms it up.
+
+    Args:
+        reference: see `pretrained`.
+        weights: of a run, "ema" or "raw".
+        checkpoint: of a run, "newest", "best" or a step.
+        sizes: of batches.
+        before: programs to use again if they are of the same network.
+        note: called with a line about what is going on.
+        **queue: see `Version`.
+
+    Raises:
+        ConfigError, CheckpointError: as `pretrained.load`.
+    """
+    loaded = pretrained.read(reference, weights=weights, checkpoint=checkpoint)
+    network = loaded.pretrained
+    loaded = loaded._replace(
+        pretrained=network._replace(variables=jax.device_put(network.variables))
+    )
+    same = before is not None and before[:2] == (network.model, network.input_spec)
+    if not same:
+        note(f"{identify(reference)}: compiling for batches of {', '.join(map(str, sizes))}")
+        before = _compile(loaded.pretrained, sizes)
+    assert before is not None
+    return Version(loaded, before, **queue)
+
+
+def scores(logits: Float[np.ndarray, " k"], function: str) -> Float[np.ndarray, " k"]:
+    """Logits as scores, by one of FUNCTIONS."""
+    values = logits.astype(np.float64)
+    if function == "softmax":
+        values = np.exp(values - values.max())
+        return values / values.sum()
+    return (1 + np.tanh(values / 2)) / 2 if function == "sigmoid" else values
+
+
+def card(version: Version, name: str) -> dict[str, Any]:
+    """What there is to know of a model, as JSON values."""
+    family, source = version.loaded.family, dict(version.loaded.source)
+    metrics = source.pop("metrics", {})
+    network = version.loaded.pretrained
+    params = jax.tree.leaves(network.variables["params"])
+    milliseconds = {size: round(1e3 * each, 3) for size, each in version.programs.seconds.items()}
+    return {
+        "id": name,
+        "pipeline_tag": "image-classification",
+        "library_name": "mobilevit_jax",
+        "family": family,
+        "parameters": sum(leaf.size for leaf in params),
+        "classes": len(network.labels),
+        "input": network.input_spec._asdict(),
+        "source": source,
+        "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
+        "attention": version.programs.attend is not None,
+        "device": jax.devices()[0].device_kind,
+        "batch_milliseconds": milliseconds,
+        "loaded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(version.since)),
+    }
+
+
+def _record(image: bytes) -> Record:
+    return Record(image=image, label=0, name="the image")
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise FloatingPointError("the network's outputs are not finite; are its weights?")
+    return values
+
+
+def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs:
+    model, spec = network.model, network.input_spec
+
+    def classify(
+        variables: Mapping[str, Tree], image: UInt8[Array, "b h w 3"]
+    ) -> Float[Array, "b k"]:
+        outputs = model.apply(variables, steps.normalize(image, spec), train=False)
+        return outputs["logits"].astype(jnp.float32)
+
+    attend = functools.partial(
+        predict.attention_step,
+        model=model,
+        task=classification.classification(),
+        input_spec=spec,
+    )
+    jobs = [functools.partial(_compile_one, classify, network, size) for size in sizes]
+    if predict.no_attention(model) is None:
+        jobs.append(functools.partial(_compile_one, attend, network, 1))
+    compiled = dict(programs.compile_all(jobs, threads=len(jobs)))
+    seconds = [
+        _seconds(compiled[i], network, size)
+        for i, size in enumerate((*sizes, *(1 for _ in jobs[len(sizes) :])))
+    ]
+    return Programs(
+        model=model,
+        input_spec=spec,
+        classify={size: compiled[i] for i, size in enumerate(sizes)},
+        attend=compiled.get(len(sizes)),
+        seconds=dict(zip(sizes, seconds, strict=False)),
+        attend_seconds=seconds[-1],
+    )
+
+
+def _compile_one(
+    step: Callable[..., Any], network: pretrained.Pretrained, size: int
+) -> Callable[..., Any]:
+    images = jax.ShapeDtypeStruct((size, *network.input_spec.size, 3), jnp.uint8)
+    return jax.jit(step).lower(network.variables, images).compile()
+
+
+def _seconds(program: Callable[..., Any], network: pretrained.Pretrained, size: int) -> float:
+    """What a program takes when it is warm."""
+    images, times = np.zeros((size, *network.input_spec.size, 3), np.uint8), []
+    for _ in range(1 + TIMED):
+        begin = time.monotonic()
+        jax.block_until_ready(program(network.variables, images))
+        times.append(time.monotonic() - begin)
+    return min(times[1:])
