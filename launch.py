@@ -28,6 +28,7 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
 
 import argparse
 import contextlib
+import csv
 import difflib
 import errno
 import functools
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     from mobilevit_jax.data.record import Source
     from mobilevit_jax.tools.space import Space
+    from mobilevit_jax.tools.predict import Prediction
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
@@ -123,13 +125,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object a model")
 
-    predict = verbs.add_parser("predict", help="label images", allow_abbrev=False)
+    predict = verbs.add_parser(
+        "predict",
+        help="label images",
+        epilog="Broken images are named and passed over; the exit status is 3 then.",
+        allow_abbrev=False,
+    )
     predict.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
-    predict.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="image file")
+    predict.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="file, folder, pattern ('photos/**/*.jpg'), or - for an image on standard input",
+    )
+    predict.add_argument(
+        "--from-file",
+        action="append",
+        default=[],
+        metavar="LIST",
+        help="file with a path a line; - for standard input",
+    )
     predict.add_argument(
         "--top", type=_positive, default=3, metavar="N", help="labels an image (3)"
     )
-    predict.add_argument("--json", action="store_true", help="print one JSON object an image")
+    form = predict.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object an image")
+    form.add_argument("--csv", action="store_true", help="print a row a label: image,rank,…")
+    predict.add_argument(
+        "--sheet", type=pathlib.Path, metavar="FILE", help="draw images and labels there, a PNG"
+    )
     predict.add_argument(
         "--attention", type=pathlib.Path, metavar="DIR", help="draw each block's attention there"
     )
@@ -788,22 +812,51 @@ def _cell(name: str, value: float) -> str:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from mobilevit_jax.data.record import DataError
     from mobilevit_jax.tools import predict, pretrained
 
+    images = predict.find(args.images, lists=args.from_file)
+    if not images:
+        raise UsageError("which images? Give files, folders, patterns, - or --from-file=LIST")
     loaded = pretrained.read(args.reference, weights=args.weights, checkpoint=args.checkpoint)
+    broken: list[DataError] = []
+
+    def tell(error: DataError) -> None:
+        broken.append(error)
+        _fail(error, 3)
+
     predictions = predict.predict(
-        loaded.pretrained, args.images, top=args.top, attention=args.attention
+        loaded.pretrained,
+        images,
+        top=args.top,
+        attention=args.attention,
+        sheet=args.sheet,
+        broken=tell,
     )
-    for each in predictions:
-        if args.json:
-            labels = [{"label": label, "score": score} for label, score in each.labels]
-            drawn = {"attention": str(each.attention)} if each.attention else {}
-            row = {"image": each.image, "labels": labels, **drawn}
-            print(json.dumps(row, ensure_ascii=False))
-        else:
-            shown = [f"{label} {100 * score:.1f} %" for label, score in each.labels]
-            drawn = [f"-> {each.attention}"] if each.attention else []
-            print(f"{each.image}: {'  '.join([*shown, *drawn])}")
+    out = sys.stdout  # a bar would lead what is printed to itself
+    write = csv.writer(out, lineterminator="\n").writerow
+    if args.csv:
+        write(("image", "rank", "label", "score"))
+    with _progress(shown=not out.isatty()) as progress:
+        for done, each in enumerate(predictions, start=1):
+            if args.csv:
+                for rank, (label, score) in enumerate(each.labels, start=1):
+                    write((each.image, rank, label, score))
+            else:
+                print(_prediction(each, as_json=args.json), file=out)
+            progress("images", done + len(broken), len(images))
+    if broken:
+        raise DataError(f"{len(broken):,} of {len(images):,} images could not be labelled")
+
+
+def _prediction(each: "Prediction", *, as_json: bool) -> str:
+    if as_json:
+        labels = [{"label": label, "score": score} for label, score in each.labels]
+        drawn = {"attention": str(each.attention)} if each.attention else {}
+        return json.dumps({"image": each.image, "labels": labels, **drawn}, ensure_ascii=False)
+    shown = [f"{label} {100 * score:.1f} %" for label, score in each.labels]
+    drawn = [f"-> {each.attention}"] if each.attention else []
+    return f"{each.image}: {'  '.join([*shown, *drawn])}"
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -978,7 +1031,7 @@ def _some(names: Sequence[str], what: str) -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for everything that is counted, on a terminal; called with what, done, total."""
     from rich.console import Console
     from rich.progress import (
@@ -994,7 +1047,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, TaskID] = {}
     with Progress(
-        *columns, console=waiting, transient=True, disable=not waiting.is_terminal
+        *columns, console=waiting, transient=True, disable=not (shown and waiting.is_terminal)
     ) as progress:
 
         def show(what: str, done: int, total: int) -> None:

@@ -1,8 +1,11 @@
 """Labels images with a trained network, and draws where its attention looks."""
 
 import functools
+import glob
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +24,11 @@ from mobilevit_jax.tools import pretrained
 from mobilevit_jax.tree import Tree
 
 BATCH = 16
+THREADS = 4  # that read and decode
+SHEET = 400  # images on a sheet at most
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+File = pathlib.Path | Record  # a record is what came from elsewhere, with its name
 
 
 class Prediction(NamedTuple):
@@ -37,14 +45,47 @@ class Prediction(NamedTuple):
     attention: pathlib.Path | None = None
 
 
+def find(arguments: Sequence[str], *, lists: Sequence[str] = ()) -> list[File]:
+    """The images that a command line names, in its order; of folders and patterns by name.
+
+    Args:
+        arguments: files, folders (with all below them), patterns such as "photos/**/*.jpg", or "-"
+            for an image on standard input.
+        lists: files with a path a line; "-" for standard input.
+
+    Raises:
+        DataError: a folder or pattern holds no image, or a list cannot be read.
+    """
+    found: list[File] = []
+    for argument in [*arguments, *(line for name in lists for line in _lines(name))]:
+        path = pathlib.Path(argument)
+        if argument == "-":
+            found.append(Record(image=sys.stdin.buffer.read(), label=0, name="stdin"))
+        elif path.is_dir():
+            images = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+            if not images:
+                raise DataError(f"there is no image in {path} ({', '.join(SUFFIXES)})")
+            found += images
+        elif glob.has_magic(argument) and not path.exists():
+            matching = sorted(glob.glob(argument, recursive=True))
+            if not matching:
+                raise DataError(f"no file is like {argument}")
+            found += [pathlib.Path(each) for each in matching if pathlib.Path(each).is_file()]
+        else:
+            found.append(path)
+    return found
+
+
 def predict(
     model: pretrained.Pretrained,
-    images: Sequence[pathlib.Path],
+    images: Sequence[File],
     *,
     top: int = 3,
     attention: pathlib.Path | None = None,
+    sheet: pathlib.Path | None = None,
+    broken: Callable[[DataError], None] | None = None,
 ) -> Iterator[Prediction]:
-    """Labels image files, in their order.
+    """Labels image files, in their order. Pictures that lie are turned upright.
 
     Args:
         model: network and weights.
@@ -52,18 +93,18 @@ def predict(
         top: how many labels an image; at most the number of classes.
         attention: directory, made if missing, for a picture an image: what the network sees of it,
             and every block's map of attention over it.
+        sheet: file for one picture of the images, SHEET at most, with their labels.
+        broken: called with what is wrong with an image, which is then passed over; None to stop.
 
     Raises:
         ConfigError: the network has no attention to draw, or the directory cannot be written to.
         DataError: a file is missing or no image.
     """
-    size = model.input_spec.size
-    view = transforms.evaluation(model.input_spec)
     if attention is not None:
         if reason := no_attention(model.model):
             raise build.ConfigError(f"--attention: {reason}")
         _make(attention)
-    pictures = _picture_names(images)
+    pictures = _picture_names([pathlib.Path(_name(image)) for image in images])
     step = jax.jit(
         functools.partial(
             steps.predict_step if attention is None else attention_step,
@@ -74,22 +115,37 @@ def predict(
     )
     # One size of batch, so that one program serves all.
     batch_size = min(BATCH, len(images))
-    for begin in range(0, len(images), batch_size):
-        paths = images[begin : begin + batch_size]
-        batch = np.zeros((batch_size, *size, 3), np.uint8)
-        for row, path in enumerate(paths):
-            view(_read(path), batch[row])
-        outputs = jax.device_get(step(model.variables, batch))
-        for row, path in enumerate(paths):
-            each = outputs["probability"][row]
-            order = np.argsort(-each, kind="stable")[:top]
-            labels = [(model.labels[i], float(each[i])) for i in order]
-            picture = None
-            if attention is not None:
-                picture = attention / pictures[begin + row]
-                maps = {name: values[row] for name, values in outputs["attention"].items()}
-                _draw(picture, batch[row], maps, title=_title(path, *labels[0]))
-            yield Prediction(str(path), labels, picture)
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for begin in range(0, len(images), batch_size or 1):
+            files = images[begin : begin + batch_size]
+            batch = np.zeros((batch_size, *model.input_spec.size, 3), np.uint8)
+            look = functools.partial(_look, transforms.evaluation(model.input_spec))
+            failures = list(pool.map(look, files, batch))
+            outputs = jax.device_get(step(model.variables, batch))
+            for row, (file, failure) in enumerate(zip(files, failures, strict=True)):
+                if failure is not None:
+                    if broken is None:
+                        raise failure
+                    broken(failure)
+                    continue
+                each = outputs["probability"][row]
+                order = np.argsort(-each, kind="stable")[:top]
+                labels = [(model.labels[i], float(each[i])) for i in order]
+                picture = None
+                if attention is not None:
+                    picture = attention / pictures[begin + row]
+                    maps = {name: values[row] for name, values in outputs["attention"].items()}
+                    name = pathlib.Path(_name(file))
+                    _draw(picture, batch[row], maps, title=_title(name, *labels[0]))
+                if sheet is not None and len(shown) < SHEET:
+                    shown.append(batch[row])
+                    label, score = labels[0]
+                    captions.append(f"{pathlib.Path(_name(file)).name}\n{label} {score:.1%}")
+                yield Prediction(_name(file), labels, picture)
+    if sheet is not None and shown:
+        report.sample_sheet(sheet, np.stack(shown), captions)
 
 
 def attention_step(
@@ -178,6 +234,29 @@ def _draw(
         for name, values in relative.items()
     ]
     report.overlays(path, image, [*relative.values()], captions, title=title)
+
+
+def _lines(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else pathlib.Path(name).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list {name} cannot be read: {error}") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _name(image: File) -> str:
+    return image.name if isinstance(image, Record) else str(image)
+
+
+def _look(
+    view: transforms.View, image: File, out: UInt8[np.ndarray, "h w 3"]
+) -> DataError | None:
+    """Writes what the network sees of an image; says what is wrong where there is nothing."""
+    try:
+        view(transforms.upright(image if isinstance(image, Record) else _read(image)), out)
+    except DataError as error:
+        return error
+    return None
 
 
 def _read(path: pathlib.Path) -> Record:

@@ -536,7 +536,7 @@ class _Protocol(H11Protocol):
 
     _head: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:  # uvloop has a class of its own
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.close()

@@ -1,6 +1,8 @@
 """Pictures of attention: maps against the sown scores, files by their pixels."""
 
+import csv
 import functools
+import io
 import json
 import pathlib
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 import launch
 from mobilevit_jax import build, report
+from mobilevit_jax.data.record import DataError
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tools import predict, pretrained
@@ -190,3 +193,73 @@ def test_command_line(workdir, images, tmp_path, capsys):
     assert launch.main([*argv[:-1], f"--attention={path}"]) == 2
     said = capsys.readouterr().err
     assert said == f"launch.py: --attention: {path} cannot be made: File exists\n"
+
+
+def tree_of(tmp_path, images):
+    folder = tmp_path / "photos" / "below"
+    folder.mkdir(parents=True)
+    names = ("photos/b.PNG", "photos/below/a.png", "photos/c.bmp")
+    for name, image in zip(names, [*images, images[0]], strict=True):
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return [tmp_path / name for name in names]
+
+
+def test_what_a_command_line_names(images, tmp_path, monkeypatch):
+    b, a, c = tree_of(tmp_path, images)
+    (tmp_path / "x[1].png").write_bytes(b.read_bytes())
+    photos = tmp_path / "photos"
+    assert predict.find([str(photos)]) == [b, a, c]
+    assert predict.find([f"{photos}/**/*.p*"]) == [a]
+    assert predict.find([str(c), f"{photos}/*.PNG", "none.png"]) == [c, b, pathlib.Path("none.png")]
+    assert predict.find([str(tmp_path / "x[1].png")]) == [tmp_path / "x[1].png"]
+    (tmp_path / "list").write_text(f"{c}\n\n{photos}\n")
+    assert predict.find([str(a)], lists=[str(tmp_path / "list")]) == [a, c, b, a, c]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b.read_bytes())))
+    (record,) = predict.find(["-"])
+    assert record.image == b.read_bytes()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{c}\n"))
+    assert predict.find([], lists=["-"]) == [c]
+    (tmp_path / "empty").mkdir()
+    for arguments, lists, message in (
+        ([str(tmp_path / "empty")], [], "there is no image in"),
+        (["*.nothing"], [], r"no file is like \*.nothing"),
+        ([], [str(tmp_path / "none")], "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            predict.find(arguments, lists=lists)
+
+
+def test_broken_images_are_passed_over(workdir, images, tmp_path, capsys):
+    b, a, c = tree_of(tmp_path, images)
+    b.write_bytes(b.read_bytes()[:200])
+    sheet = tmp_path / "sheet.png"
+    argv = ["predict", str(workdir), str(tmp_path / "photos"), "nowhere.png", "--top=2"]
+    assert launch.main([*argv, "--csv", f"--sheet={sheet}"]) == 3
+    said = capsys.readouterr()
+    rows = list(csv.reader(io.StringIO(said.out)))
+    assert rows[0] == ["image", "rank", "label", "score"]
+    assert [row[:2] for row in rows[1:]] == [[str(p), rank] for p in (a, c) for rank in "12"]
+    assert all(row[2] in LABELS and 0 < float(row[3]) < 1 for row in rows[1:])
+    lines = said.err.splitlines()
+    assert lines[0].startswith(f"launch.py: cannot decode {b}")
+    assert "nowhere.png cannot be read" in lines[1]
+    assert lines[2] == "launch.py: 2 of 4 images could not be labelled"
+    height, width = matplotlib.image.imread(sheet).shape[:2]
+    assert height > 64
+    assert width > 2 * 96
+    assert launch.main([*argv[:-2], "--json"]) == 3
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["image"] for each in said] == [str(a), str(c)]
+    assert launch.main(["predict", str(workdir)]) == 2
+    assert "which images?" in capsys.readouterr().err
+
+
+def test_lying_pictures_are_turned(workdir, images, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    Image.fromarray(np.rot90(images[0], -1)).save(tmp_path / "b.png", exif=exif)
+    loaded = pretrained.load(workdir)
+    a, b = predict.predict(loaded, [tmp_path / "a.png", tmp_path / "b.png"])
+    assert a.labels == b.labels

@@ -138,7 +138,7 @@ def threaded(version):
     """A server in a thread, whose parts a test can break."""
     service = serve.Service({RUN: version}, reload=lambda name, old: old)
     config = uvicorn.Config(
-        service.application(), http=serve._Protocol, log_config=None, lifespan="off"
+        service.application(), http=serve._Protocol, loop="asyncio", log_config=None, lifespan="off"
     )
     server = uvicorn.Server(config)
     with serve.listen("127.0.0.1", 0) as listening:
