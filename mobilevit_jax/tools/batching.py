@@ -96,7 +96,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[Images], Sequence[Any]],
+        compute: Callable[[Images], Sequence[Any] | np.ndarray],
         *,
         seconds: Mapping[int, float],
         size: tuple[int, int],

@@ -67,7 +67,7 @@ def find(arguments: Sequence[str], *, lists: Sequence[str] = ()) -> list[File]:
                 raise DataError(f"there is no image in {path} ({', '.join(SUFFIXES)})")
             found += images
         elif glob.has_magic(argument) and not path.exists():
-            matching = sorted(glob.glob(argument, recursive=True))
+            matching = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (Path's begins at a folder)
             if not matching:
                 raise DataError(f"no file is like {argument}")
             found += [pathlib.Path(each) for each in matching if pathlib.Path(each).is_file()]
@@ -248,9 +248,7 @@ def _name(image: File) -> str:
     return image.name if isinstance(image, Record) else str(image)
 
 
-def _look(
-    view: transforms.View, image: File, out: UInt8[np.ndarray, "h w 3"]
-) -> DataError | None:
+def _look(view: transforms.View, image: File, out: UInt8[np.ndarray, "h w 3"]) -> DataError | None:
     """Writes what the network sees of an image; says what is wrong where there is nothing."""
     try:
         view(transforms.upright(image if isinstance(image, Record) else _read(image)), out)

@@ -251,7 +251,8 @@ class Service:
             for version in self.versions.values():
                 await asyncio.to_thread(version.close)
 
-        classify, attend = {"POST": self._classify}, {"POST": self._attend}
+        classify: dict[str, Handler] = {"POST": self._classify}
+        attend: dict[str, Handler] = {"POST": self._attend}
         rows: tuple[tuple[str, dict[str, Handler]], ...] = (
             ("/", {"GET": self._front, **classify}),
             ("/predict", classify),
@@ -573,6 +574,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: there is no such address, or it is taken.
     """
+    if not 0 <= port < 2**16:  # the system would take a larger one modulo 65,536
+        raise build.ConfigError(f"port {port} is not between 0 and 65,535; give another --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -92,13 +92,15 @@ class Version:
             max_waiting=max_waiting,
             **how,
         )
-        self._looks = programs.attend and batching.Batcher(
-            self._attend,
-            seconds={1: programs.attend_seconds},
-            max_delay=0.0,
-            max_waiting=max(programs.classify),
-            **how,
-        )
+        self._looks: batching.Batcher | None = None
+        if programs.attend is not None:
+            self._looks = batching.Batcher(
+                self._attend,
+                seconds={1: programs.attend_seconds},
+                max_delay=0.0,
+                max_waiting=max(programs.classify),
+                **how,
+            )
 
     def classify(self, image: bytes) -> Future[Float[np.ndarray, " k"]]:
         """The logits of an image file, some time later.
@@ -239,7 +241,7 @@ def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs
     def classify(
         variables: Mapping[str, Tree], image: UInt8[Array, "b h w 3"]
     ) -> Float[Array, "b k"]:
-        outputs = model.apply(variables, steps.normalize(image, spec), train=False)
+        outputs: Any = model.apply(variables, steps.normalize(image, spec), train=False)
         return outputs["logits"].astype(jnp.float32)
 
     attend = functools.partial(

@@ -158,7 +158,7 @@ def expected(both, tmp_path_factory):
     return said.labels
 
 
-def check(answer, expected, count=len(LABELS)):
+def check(answer, expected, count=5):  # the default, and as many as there are
     assert [each["label"] for each in answer] == [label for label, _ in expected][:count]
     for each, (_, score) in zip(answer, expected, strict=False):
         assert each["score"] == pytest.approx(score, rel=1e-4)
@@ -259,7 +259,7 @@ def test_javascript_client(url, expected, tmp_path):
         catch (error) { found.push(error.message); }
         console.log(JSON.stringify(found));
     """)
-    os.symlink(pathlib.Path(modules).resolve(), tmp_path / "node_modules")
+    (tmp_path / "node_modules").symlink_to(pathlib.Path(modules).resolve())
     path = tmp_path / "x.jpg"
     path.write_bytes(JPEG)
     command = ["node", program, f"{url}/models/{RUN}", TOKEN, path]
