@@ -55,7 +55,7 @@ BODIES_LIMIT = 16 * BODY_LIMIT  # of all requests being read or answered
 BODY_SECONDS, CHUNK_SECONDS = 60.0, 10.0  # for a body, and without a byte of it
 HEAD_SECONDS = 10.0  # for the lines before a body
 CONNECTIONS = 1000
-PARTING_SECONDS, PARTING_BYTES = 1.0, 4 * BODY_LIMIT  # of a refused body that are thrown away
+PARTING_SECONDS, PARTING_BYTES = 5.0, 4 * BODY_LIMIT  # of a refused body that are thrown away
 SHUTDOWN_SECONDS = 30
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 REQUEST_ID = re.compile(r"[\w=;:./-]{1,128}")

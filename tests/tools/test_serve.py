@@ -507,7 +507,6 @@ def test_slow_clients(threaded, monkeypatch):
     "data",
     [
         b"\0\1\2\3\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
