@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from mobilevit_jax.data.record import Source
-    from mobilevit_jax.tools.space import Space
     from mobilevit_jax.tools.predict import Prediction
+    from mobilevit_jax.tools.space import Space
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
