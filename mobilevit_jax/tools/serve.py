@@ -61,6 +61,7 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # sec
 REQUEST_ID = re.compile(r"[\w=;:./-]{1,128}")
 STATM = pathlib.Path("/proc/self/statm")  # Linux
 OPENED = re.compile(r"data:[\w/+.;=-]*;base64,")
+BASE64 = re.compile(rb"[A-Za-z0-9+/]{64}")  # no image file begins so either
 logger = logging.getLogger("mobilevit_jax.serve")
 
 T = TypeVar("T")
@@ -100,6 +101,9 @@ def parse(body: bytes) -> Question:
     """
     if not body:
         raise Refused(400, 'the body is empty; send an image file, or {"inputs": "<base64>"}')
+    if BASE64.match(body):  # what the JavaScript client makes of {inputs: "<base64>"}
+        with contextlib.suppress(ValueError):
+            return Question(base64.b64decode(body, validate=True), TOP, None)
     if body.lstrip()[:1] not in (b"{", b"[", b'"'):  # no image begins so
         return Question(body, TOP, None)
     try:
