@@ -258,7 +258,7 @@ def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs
         _seconds(compiled[i], network, size)
         for i, size in enumerate((*sizes, *(1 for _ in jobs[len(sizes) :])))
     ]
-    # Other processes only ever add to a time: what a larger batch takes, a smaller one takes at most.
+    # Others only ever add to a time: what a larger batch takes, a smaller one takes at most.
     for i in range(len(sizes) - 2, -1, -1):
         seconds[i] = min(seconds[i], seconds[i + 1])
     return Programs(
