@@ -22,7 +22,7 @@ def command(workdir):
         sys.executable,
         "launch.py",
         "train",
-        "--config=tests/tiny.py",
+        "--config=tests/small.py",
         f"--workdir={workdir}",
         f"--config.duration={STEPS} steps",
         "--config.eval.every=8 steps",
