@@ -324,7 +324,7 @@ def test_images_in_memory(capsys):
         (2, ["data"], "--config=FILE is missing"),
         (2, ["data", CONFIG, "--config.loader.thread=2"], "did you mean loader.threads"),
         (2, ["data", "--config=tests/tiny.py", "--config.augment.padding=-1"], "padding is -1"),
-        (2, ["data", "--config=tests/tiny.py", "--config.augment.short=8"], "does not fit"),
+        (3, ["data", "--config=tests/tiny.py", "--config.augment.short=8"], "does not fit"),
         (2, ["data", "--config=tests/tiny.py", "--config.loader.prefetch=-1"], "loader.prefetch"),
         (2, ["data", "--config=tests/tiny.py", "--workdir=README.md"], "--workdir=README.md"),
         (3, ["data", CONFIG, "--config.data.root=/no/where"], "/no/where does not exist"),

@@ -99,6 +99,7 @@ def wait_for_evaluations(study, process, log, count):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="trials outlive a killed worker elsewhere")
+@pytest.mark.long
 def test_interrupted_and_killed(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
     argv = [CONFIG, f"--workdir={workdir}", "--trials=1", "--config.duration=24 steps"]
@@ -154,6 +155,7 @@ def test_a_pruned_trial_saves_and_keeps_its_checkpoints(tmp_path):
     assert (workdir / "trial_0001" / "best").is_dir()
 
 
+@pytest.mark.long
 def test_accuracy_against_costs(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
     swept(
