@@ -155,8 +155,8 @@ def predictions(evaluator: Evaluator, variables: Tree) -> Predictions:
             columns.append((first + rows, label, predicted, *chances, batch["mask"]))
             batches.recycle(batch)
     *each, mask = (processes.gather(np.concatenate(part)) for part in zip(*columns, strict=True))
-    order = np.argsort(each[0])[mask[np.argsort(each[0])]]
-    return Predictions(*(column[order] for column in each))
+    order = np.argsort(each[0])
+    return Predictions(*(column[order[mask[order]]] for column in each))
 
 
 def evaluate(

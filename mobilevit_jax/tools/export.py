@@ -282,9 +282,12 @@ def _open_stablehlo(path: pathlib.Path) -> compare.Run:
 
 def _write_onnx(network: Network, path: pathlib.Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
-    content = onnx_graph.convert(
-        network.function, network.image(batch), opset=network.opset, producer=formats.LIBRARY
-    )
+    try:
+        content = onnx_graph.convert(
+            network.function, network.image(batch), opset=network.opset, producer=formats.LIBRARY
+        )
+    except NotImplementedError as error:
+        raise build.ConfigError(f"this network cannot be expressed: {error}") from error
     path.write_bytes(content)
 
 

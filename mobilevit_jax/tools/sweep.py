@@ -17,7 +17,7 @@ from optuna.trial import FixedTrial
 from rich.console import Console
 from rich.text import Text
 
-from mobilevit_jax import build, evaluate
+from mobilevit_jax import build, evaluate, workdirs
 from mobilevit_jax.tools import pretrained, space, studies, study_report, worker
 
 TRIALS = 20
@@ -91,7 +91,7 @@ def start(
     )
     storage = storage or studies.journal_url(workdir)
     opened = studies.connect(storage, create=True)
-    worker.make(workdir)
+    workdirs.make(workdir)
     try:
         study = studies.create(storage, name or workdir.absolute().name, opened, settings)
     except studies.StorageError:

@@ -26,7 +26,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from mobilevit_jax import build, report
+from mobilevit_jax import build, report, workdirs
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import space, studies, study_report
 from mobilevit_jax.writers import replace_file
@@ -104,18 +104,6 @@ def _accelerators(environment: Mapping[str, str]) -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-def make(workdir: pathlib.Path) -> None:
-    """Makes the directory of a sweep where it is missing.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
-
-
 @dataclasses.dataclass
 class Job:
     """A trial that this process works on.
@@ -187,7 +175,7 @@ class Worker:
         self._launcher, self._override = launcher, override
         self._config = build.restore(study.settings.config)
         self._metrics = [each.removeprefix("-") for each in study.settings.objectives]
-        make(workdir)
+        workdirs.make(workdir)
         text = study_report.recipe(study.settings.config, f"What the trials of {workdir} change.")
         replace_file(self._workdir / CONFIG, text.encode())
 

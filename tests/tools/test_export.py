@@ -15,7 +15,7 @@ from mobilevit_jax import build, checkpoint, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.models import zoo
-from mobilevit_jax.tools import compare, export, pretrained
+from mobilevit_jax.tools import compare, export, onnx_graph, pretrained
 from tests.weights import LABELS
 
 FILES = {"config.json", "export.json", "labels.txt"}
@@ -198,6 +198,19 @@ def test_options_that_do_not_go(options, message, native, tmp_path):
     with pytest.raises(build.ConfigError, match=message):
         export.export(native, tmp_path / "x", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@needs("onnx")
+def test_a_network_that_onnx_cannot_express(native, images, tmp_path, monkeypatch, capfd):
+    monkeypatch.delitem(onnx_graph.OTHERS, "broadcast_in_dim")
+    target = tmp_path / "out"
+    argv = ["export", str(native), str(target), "--format=onnx", f"--images={images}"]
+    assert launch.main(argv) == 2
+    said = capfd.readouterr().err
+    assert said == (
+        "launch.py: this network cannot be expressed: broadcast_in_dim has no form in ONNX here\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", ["onnx", "tflite", "coreml"])
