@@ -248,8 +248,10 @@ def by_epoch(values: Sequence[float], *, epoch_starts: EpochStarts) -> Curve:
     starts, table = np.asarray(epoch_starts, np.int32), np.asarray(values, np.float32)
 
     def curve(step: ArrayLike) -> Float[Array, "*steps"]:
-        # A few hundred comparisons: quicker to compile than a search that halves.
-        after = jnp.searchsorted(starts, step, side="right", method="compare_all")
+        # For one step a few hundred comparisons, quicker to compile than a search that halves; for
+        # all steps of a run they would fill the memory.
+        method = "compare_all" if jnp.ndim(step) == 0 else "sort"
+        after = jnp.searchsorted(starts, step, side="right", method=method)
         return jnp.asarray(table)[after - 1]
 
     return curve
