@@ -270,14 +270,12 @@ def test_the_zoo_in_every_format(
     monkeypatch.setitem(export.TOLERANCES, "int8", 1.0)
     options = {"quantize": quantize, "calibrate": images if quantize == "int8" else None}
     exported = export.export(name, tmp_path / "x", format=format, raw_input=True, **options)
-    # Bytes a weight, without the norms' factors; of Core ML in float16.
-    least = {"": 1.95 if format == "coreml" else 3.9, "fp16": 1.95}.get(quantize, 0.95)
-    assert (
-        least * zoo.ZOO[name].params < exported.bytes < 1.2 * (least + 0.1) * zoo.ZOO[name].params
-    )
     found = exported.comparison
-    if found is not None and not quantize:
-        assert found.agreement == 1
     record_property("bytes", exported.bytes)
     for key, value in (found._asdict() if found is not None else {}).items():
         record_property(key, value)
+    # Bytes a weight, without the norms' factors; of Core ML in float16.
+    least = {"": 1.95 if format == "coreml" else 3.9, "fp16": 1.95}.get(quantize, 0.95)
+    assert least < exported.bytes / zoo.ZOO[name].params < least + 0.9
+    if found is not None and not quantize:
+        assert found.agreement == 1
