@@ -1,4 +1,4 @@
-"""A recipe for tests of sweeps: a small convolutional net, and a space that leaves shapes alone."""
+"""A recipe for tests of sweeps: the network of quick_launch.py, in a space that keeps shapes."""
 
 from ml_collections import ConfigDict
 
@@ -8,8 +8,7 @@ from tests import tiny
 def get_config():
     config = tiny.get_config()
     config.unlock()
-    strides = (2, 1, 2, 1, 1, 1)
-    config.model = ConfigDict({"name": "mobilenet_v1", "width": 0.25, "strides": strides})
+    config.model = ConfigDict({"name": "one_conv", "width": 1.0})
     config.lock()
     config.duration = "4 steps"
     config.eval.every = "1 steps"

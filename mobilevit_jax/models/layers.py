@@ -180,6 +180,8 @@ def add_bias(x: Float[Array, "*n c"], bias: Float[Array, " c"]) -> Float[Array, 
 class Conv(nn.Module):
     """Square convolution with zeros around the map: `h -> ceil(h / stride)`.
 
+    One of size 1 also takes what has no map, (b, c).
+
     Parameters: `kernel` (k, k, c / groups, features) and, if asked for, `bias` (features).
     """
 
@@ -193,7 +195,7 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow d"]:
+    def __call__(self, x: Float[Array, "b *n c"]) -> Float[Array, "b *m d"]:
         """Convolve."""
         channels, area = x.shape[-1], self.kernel_size**2
         # fan_out counts all output channels, groups or not, as the published code does.

@@ -246,11 +246,12 @@ class SqueezeExcite(nn.Module):
         )
         channels = x.shape[-1]
         squeezed = max(make_divisible(channels // 4, 8), 32)
-        gate = x.astype(jnp.float32).mean((1, 2), keepdims=True)  # b 1 1 c
+        # No map of one pixel: of its product with a kernel litert-converter 0.5 makes nothing.
+        gate = x.astype(jnp.float32).mean((1, 2))  # b c
         gate = nn.relu(conv(squeezed, name="reduce")(gate))
         gate = nn.hard_sigmoid(conv(channels, name="expand")(gate))
         # Multiplied in float32: the gate's gradient is a sum over the map.
-        return (x * gate.astype(jnp.float32)).astype(self.dtype)
+        return (x * gate[:, None, None].astype(jnp.float32)).astype(self.dtype)
 
 
 class SqueezeInvertedResidual(nn.Module):

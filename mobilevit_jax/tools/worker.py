@@ -285,9 +285,14 @@ class Worker:
             job.reported = number
             # After the last evaluation there is nothing to spare.
             last = number >= self._study.settings.evaluations
-            if not job.ending and not last and job.trial.should_prune():
+            if last or job.ending not in ("", "interrupted"):
+                continue
+            # Asked of an interrupted trial too: a pruner that is not asked about an evaluation
+            # would compare the next one, when the trial goes on, with this one of other trials.
+            if job.trial.should_prune():
+                if not job.ending:
+                    process.terminate()
                 job.ending = "pruned"
-                process.terminate()
 
     def _finished(self, job: Job, status: int) -> None:
         """Says how a trial ended, by the exit status of its process."""

@@ -15,11 +15,12 @@ from mobilevit_jax import build, checkpoint, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.models import zoo
-from mobilevit_jax.tools import compare, export, onnx_graph, pretrained
-from tests.weights import LABELS
+from mobilevit_jax.tools import compare, export, litert, onnx_graph, pretrained
+from tests.weights import LABELS, random_variables
 
 FILES = {"config.json", "export.json", "labels.txt"}
 ZOO = ("mobilevit_xxs", "mobilevit_s", "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_200")
+MOBILENETS = ("mobilenetv2_025", "mobilenetv3_small", "mobilenetv3_large")
 
 
 def needs(format):
@@ -239,13 +240,42 @@ def test_a_folder_without_images(native, tmp_path):
 # --- the zoo --------------------------------------------------------------------------------------
 
 
+def quantized(name):
+    how = [
+        pytest.param(name, "tflite", each, marks=needs("tflite")) for each in litert.QUANTIZATIONS
+    ]
+    return [pytest.param(name, *each.values, "", marks=each.marks) for each in EVERY] + how
+
+
+CASES = [case for name in ZOO for case in quantized(name)]
+CASES += [pytest.param(name, "tflite", "", marks=needs("tflite")) for name in MOBILENETS]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("format", EVERY)
-@pytest.mark.parametrize("name", ZOO)
-def test_the_zoo_in_every_format(name, format, tmp_path):
-    exported = export.export(name, tmp_path / "x", format=format, raw_input=True)
-    # Without the norms' factors; of Core ML in float16.
-    assert exported.bytes > zoo.ZOO[name].params * (1.95 if format == "coreml" else 3.9)
-    if exported.comparison is not None:
-        assert exported.comparison.agreement == 1
-        print(name, format, exported.bytes, exported.comparison)
+@pytest.mark.parametrize(("name", "format", "quantize"), CASES)
+def test_the_zoo_in_every_format(
+    name, format, quantize, images, tmp_path, monkeypatch, record_property
+):
+    read = pretrained.read
+
+    def drawn(*source, **options):  # fresh networks answer uniformly, and hardly tell images apart
+        loaded = read(*source, **options)
+        network = loaded.pretrained
+        variables = random_variables(network.model, seed=8, size=network.input_spec.size)
+        return loaded._replace(pretrained=network._replace(variables=variables))
+
+    monkeypatch.setattr(pretrained, "read", drawn)
+    monkeypatch.setattr(compare, "REPEATS", 10)
+    # How much int8 may lose is a matter of the network, and these have learned nothing.
+    monkeypatch.setitem(export.TOLERANCES, "int8", 1.0)
+    options = {"quantize": quantize, "calibrate": images if quantize == "int8" else None}
+    exported = export.export(name, tmp_path / "x", format=format, raw_input=True, **options)
+    found = exported.comparison
+    record_property("bytes", exported.bytes)
+    for key, value in (found._asdict() if found is not None else {}).items():
+        record_property(key, value)
+    # Bytes a weight, without the norms' factors; of Core ML in float16.
+    least = {"": 1.95 if format == "coreml" else 3.9, "fp16": 1.95}.get(quantize, 0.95)
+    assert least < exported.bytes / zoo.ZOO[name].params < least + 0.9
+    if found is not None and not quantize:
+        assert found.agreement == 1

@@ -25,6 +25,7 @@ NETWORKS = {
     "v2": ("mobilevit_v2", {"width": 0.5}, (64, 96)),
     "linformer": ("mobilevit_v2", {"width": 0.5, "attention": "linformer", "latents": 4}, (64, 64)),
     "mobilenet_v1": ("mobilenet_v1", {"width": 0.25}, (64, 64)),
+    "mobilenet_v2": ("mobilenet_v2", {"width": 0.25}, (64, 64)),
     "mobilenet_v3": ("mobilenet_v3", {"variant": "small"}, (64, 64)),
 }
 

@@ -1,13 +1,17 @@
 """Who works on which trial, and what storages say when something is wrong."""
 
+import json
 import multiprocessing
+import subprocess
 import time
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mobilevit_jax.tools import studies
+from mobilevit_jax import build
+from mobilevit_jax.tools import studies, worker
+from tests import tiny_sweep
 
 SETTINGS = studies.Settings(
     config={"optimizer": {"lr": 1.0, "betas": (0.9, 0.99)}, "seed": 0},
@@ -267,3 +271,50 @@ def test_bad_storages(url, message):
     for secret in ("s3cret", "s3/c@ret", "c@ret"):
         assert secret not in told
     assert error.value.__suppress_context__ or error.value.__context__ is None
+
+
+class Told(subprocess.Popen):
+    """A process that only notes what it is told."""
+
+    def __init__(self):
+        self.terminated = 0
+
+    def __del__(self):
+        """There is no process to wait for."""
+
+    def terminate(self):
+        self.terminated += 1
+
+
+def test_a_pruner_is_asked_about_every_evaluation(tmp_path):
+    config = build.plain(tiny_sweep.get_config())
+    study = made(tmp_path, 4, config=config, pruner="asha", evaluations=9)
+    keen = worker.Worker(
+        study, tmp_path, draw=tiny_sweep.sweep, slots=[], launcher=tmp_path, override=print
+    )
+
+    def run(values, ending):
+        trial = study.take()
+        directory = tmp_path / f"trial_{trial.number:04d}"
+        directory.mkdir()
+        job = worker.Job(
+            trial, worker.Slot({}, ()), directory, [], studies.Lock(directory / "lock")
+        )
+        job.ending = ending
+        rows = [{"step": i, "val_ema/top1": value} for i, value in enumerate(values)]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        process = Told()
+        keen._report(job, process)
+        job.lock.release()
+        rungs = study.frozen(trial).system_attrs
+        return job.ending, process.terminated, job.reported, rungs
+
+    # The first value is that of fresh weights. Rungs are at evaluations 1, 3, 9.
+    good = [0.0, 0.5, 0.5, 0.6, 0.7]
+    first = {"completed_rung_0": 0.5, "completed_rung_1": 0.6}
+    assert run(good, "") == ("", 0, 4, first)
+    assert run(good, "interrupted") == ("interrupted", 0, 4, first)
+    bad = [0.0, 0.5, 0.5, 0.1, 0.7]
+    second = {"completed_rung_0": 0.5, "completed_rung_1": 0.1}
+    assert run(bad, "") == ("pruned", 1, 4, second)
+    assert run(bad, "interrupted") == ("pruned", 0, 4, second)

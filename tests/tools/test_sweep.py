@@ -13,7 +13,9 @@ import pytest
 from optuna.trial import TrialState
 
 import launch
+from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import studies, worker
+from tests import quick_launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "--config=tests/tiny_sweep.py"
@@ -22,21 +24,22 @@ CONFIG = "--config=tests/tiny_sweep.py"
 @pytest.fixture(autouse=True)
 def _from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(zoo, "FAMILIES", quick_launch.FAMILIES)
     monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
 
 
-def started(*argv, log, **environment):
+def started(*argv, log, launcher="tests/quick_launch.py", **environment):
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "launch.py", "sweep", *map(str, argv)],
+            [sys.executable, launcher, "sweep", *map(str, argv)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
         )
 
 
-def swept(*argv, log, status=0, **environment):
-    process = started(*argv, log=log, **environment)
+def swept(*argv, log, status=0, **more):
+    process = started(*argv, log=log, **more)
     assert process.wait(timeout=300) == status, log.read_text()
     said = log.read_text()
     assert "Traceback" not in said
@@ -102,7 +105,7 @@ def wait_for_evaluations(study, process, log, count):
 @pytest.mark.long
 def test_interrupted_and_killed(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
-    argv = [CONFIG, f"--workdir={workdir}", "--trials=1", "--config.duration=24 steps"]
+    argv = [CONFIG, f"--workdir={workdir}", "--trials=1", "--config.duration=60 steps"]
     process = started(*argv, log=log)
     while not (workdir / "trial_0000").exists():
         assert process.poll() is None, log.read_text()
@@ -131,10 +134,10 @@ def test_interrupted_and_killed(tmp_path):
     assert again.state is TrialState.COMPLETE
     assert again.params == first.params
     assert studies.retried(again) == [0]
-    assert len(again.intermediate_values) == 24
+    assert len(again.intermediate_values) == 60
     logged = (workdir / "trial_0000" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in logged]
-    assert [row["step"] for row in rows if "val/loss" in row] == list(range(25))
+    assert [row["step"] for row in rows if "val/loss" in row] == list(range(61))
     assert sorted(path.name for path in workdir.glob("trial_*")) == ["trial_0000"]
     assert "best trial 1" in said
 
@@ -142,13 +145,14 @@ def test_interrupted_and_killed(tmp_path):
 def test_a_pruned_trial_saves_and_keeps_its_checkpoints(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
     argv = ["--sampler=grid", "--space.optimizer.lr=choice:1e-3,10.0", "--objective=-val/loss"]
-    swept(CONFIG, f"--workdir={workdir}", *argv, "--config.duration=24 steps", log=log)
+    argv += ["--config.duration=60 steps", "--config.checkpoint.every=60 steps"]
+    swept(CONFIG, f"--workdir={workdir}", *argv, log=log)
     good, bad = table(workdir)
     assert good["state"] == "complete"
-    assert good["evaluations"] == "24"
+    assert good["evaluations"] == "60"
     assert bad["state"] == "pruned"
     assert bad["end"] == ""
-    assert 1 < int(bad["evaluations"]) < 24
+    assert 1 < int(bad["evaluations"]) < 60
     assert float(bad["val/loss"]) > float(good["val/loss"])
     assert "SIGTERM: saved step" in (workdir / "trial_0001" / "output.txt").read_text()
     assert any((workdir / "trial_0001" / "checkpoints").iterdir())
@@ -159,7 +163,7 @@ def test_a_pruned_trial_saves_and_keeps_its_checkpoints(tmp_path):
 def test_accuracy_against_costs(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
     swept(
-        *(CONFIG, f"--workdir={workdir}", "--space.model.width=choice:0.25,0.5", "--sampler=grid"),
+        *(CONFIG, f"--workdir={workdir}", "--space.model.width=choice:0.5,1.0", "--sampler=grid"),
         "--objective=val_ema/top1,-params,-macs,-latency",
         log=log,
     )
@@ -177,8 +181,8 @@ def test_accuracy_against_costs(tmp_path):
 
 def test_no_trial_comes_to_its_end(tmp_path):
     workdir, log = tmp_path / "sweep", tmp_path / "log.txt"
-    argv = [CONFIG, f"--workdir={workdir}", "--trials=1", "--space.optimizer.lr=choice:1e30"]
-    said = swept(*argv, "--config.max_skipped=0", log=log, status=2)
+    argv = [f"--workdir={workdir}", "--trials=1", "--space.optimizer.lr=choice:1e30"]
+    said = swept("--config=tests/small.py", *argv, log=log, launcher="launch.py", status=2)
     assert "none of the 1 trials came to its end: trial 0: diverged: " in said
     assert [row["state"] for row in table(workdir)] == ["pruned"]
     assert not (workdir / "best.py").exists()
@@ -194,7 +198,7 @@ def test_no_trial_comes_to_its_end(tmp_path):
         (["--space.optimizer.lr=choice:1e-3,fast"], "--config.optimizer.lr=fast"),
         (["--space.optimizer.lr=1e-3"], "--space.optimizer.lr=1e-3: '1e-3' is unknown; write "),
         (
-            ["--space.model.width=choice:0.25,-1.0"],
+            ["--config=tests/small.py", "--space.model.width=choice:0.25,-1.0"],
             "with --config.model.width=-1.0: config.model: width is -1.0",
         ),
         (["--config=tests/tiny.py"], "the space is empty: tests/tiny.py has no sweep(trial)"),

@@ -1,6 +1,7 @@
-"""Many workers on one PostgreSQL server, some of which are killed."""
+"""Many workers on one database server, some of which are killed."""
 
 import collections
+import contextlib
 import getpass
 import os
 import pathlib
@@ -16,47 +17,51 @@ import pytest
 from optuna.trial import TrialState
 
 from launch import main
+from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import studies
+from tests import quick_launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 PASSWORD = "s3cret/of:the@test"
 QUOTED = "s3cret%2Fof%3Athe%40test"
 
 
-def programs():
-    found = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else None
+def directory(user):
+    """A directory for a server that runs as that user; pytest's own are for one user alone."""
+    home = pathlib.Path(tempfile.mkdtemp(prefix="sweep-server-"))
+    if os.getuid() == 0:
+        shutil.chown(home, user)
+    return home
 
 
-@pytest.fixture(scope="module")
-def server():
-    """URL of a server of its own, on a free port of the loopback device."""
-    bin = programs() or (shutil.which("initdb") and pathlib.Path(shutil.which("initdb")).parent)
-    if not bin:
-        pytest.skip("needs a PostgreSQL server: apt-get install postgresql")
-    user = "postgres" if os.getuid() == 0 else getpass.getuser()
-    # initdb refuses root, and pytest's own directories are for one user alone.
-    switch = ["runuser", "-u", user, "--"] if os.getuid() == 0 else []
-    home = pathlib.Path(tempfile.mkdtemp(prefix="postgresql-"))
-    (home / "password").write_text(PASSWORD)
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if switch:
-        shutil.chown(home, user)
-        shutil.chown(home / "password", user)
-    data, log = home / "data", home / "log"
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def postgresql():
+    found = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = found[-1] if found else shutil.which("initdb")
+    if not initdb:
+        pytest.skip("needs a PostgreSQL server: apt-get install postgresql")
+    user = "postgres" if os.getuid() == 0 else getpass.getuser()
+    switch = ["runuser", "-u", user, "--"] if os.getuid() == 0 else []  # initdb refuses root
+    home, port = directory(user), free_port()
+    (home / "password").write_text(PASSWORD)
+    (home / "password").chmod(0o644)
     quiet = {"check": True, "cwd": home, "stdout": subprocess.DEVNULL}
     subprocess.run(
         [
-            *(*switch, bin / "initdb", "-D", data, "-U", "sweeper", "-A", "scram-sha-256", "-N"),
+            *(*switch, initdb, "-D", home / "data", "-U", "sweeper", "-A", "scram-sha-256", "-N"),
             *("--pwfile", home / "password", "--locale=C", "-E", "UTF8"),
         ],
         **quiet,
     )
     options = f"-c listen_addresses=127.0.0.1 -p {port} -k {home} -c fsync=off"
-    command = [*switch, bin / "pg_ctl", "-D", data, "-w"]
-    subprocess.run([*command, "-l", log, "-o", options, "start"], **quiet)
+    command = [*switch, pathlib.Path(initdb).parent / "pg_ctl", "-D", home / "data", "-w"]
+    subprocess.run([*command, "-l", home / "log", "-o", options, "start"], **quiet)
     try:
         yield f"postgresql://sweeper:{QUOTED}@127.0.0.1:{port}/postgres"
     finally:
@@ -64,11 +69,53 @@ def server():
         shutil.rmtree(home)
 
 
+@contextlib.contextmanager
+def mysql():
+    install = shutil.which("mariadb-install-db")
+    serve = shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not install or not serve:
+        pytest.skip("needs a MySQL server: apt-get install mariadb-server")
+    user = "mysql" if os.getuid() == 0 else getpass.getuser()
+    home, port = directory(user), free_port()
+    (home / "init.sql").write_text(  # a line each
+        "CREATE DATABASE sweeps;\n"
+        f"CREATE USER sweeper IDENTIFIED BY '{PASSWORD}';\n"
+        "GRANT ALL ON *.* TO sweeper;\n"
+    )
+    common = ["--no-defaults", f"--user={user}", f"--datadir={home / 'data'}"]
+    log = home / "log"
+    with log.open("wb") as said:
+        subprocess.run([install, *common, "--skip-test-db"], check=True, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            [
+                *(serve, *common, f"--init-file={home / 'init.sql'}"),
+                *("--bind-address=127.0.0.1", f"--port={port}", f"--socket={home / 'socket'}"),
+                *(f"--pid-file={home / 'pid'}", "--skip-name-resolve"),
+            ],
+            stdout=said,
+            stderr=said,
+        )
+    try:
+        wait_for(lambda: "ready for connections" in log.read_text(), log, process)
+        yield f"mysql://sweeper:{QUOTED}@127.0.0.1:{port}/sweeps"
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(home)
+
+
+@pytest.fixture(scope="module", params=[postgresql, pytest.param(mysql, marks=pytest.mark.long)])
+def server(request):
+    """URL of a server of its own, on a free port of the loopback device."""
+    with request.param() as url:
+        yield url
+
+
 def launch(url, *argv, log):
     environment = {**os.environ, "OPTUNA_STORAGE": url}
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "launch.py", "sweep", *argv],
+            [sys.executable, "tests/quick_launch.py", "sweep", *argv],
             cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -92,7 +139,7 @@ def children(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_workers_lose_no_trial(server, tmp_path):
     log, workdir = tmp_path / "log.txt", tmp_path / "sweep"
-    trials = 5
+    trials = 3
     controller = launch(
         server, "--config=tests/tiny_sweep.py", f"--workdir={workdir}", f"--trials={trials}",
         "--study=killed", "--workers=1", "--sampler=random", "--pruner=none", log=log,
@@ -105,13 +152,14 @@ def test_killed_workers_lose_no_trial(server, tmp_path):
     victim = launch(server, "--worker", "--study=killed", "--workers=1", log=log)
     try:
         # A worker dies, and its trial with it.
-        def run_by(pid):
+        def run_by(pid):  # trials that have some way to go
             return [
                 trial
                 for trial in known()
                 if trial.state is TrialState.RUNNING
                 and trial.user_attrs.get("worker", "").endswith(f":{pid}")
                 and trial.user_attrs.get("lock")
+                and not trial.intermediate_values
             ]
 
         (lost,) = wait_for(lambda: run_by(victim.pid), log, victim)
@@ -160,13 +208,13 @@ def test_killed_workers_lose_no_trial(server, tmp_path):
 def test_a_password_is_never_printed(server, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     wrong = server.replace(QUOTED, "an-0ther")
-    nowhere = server.replace("/postgres", "/no_such_database")
+    nowhere = f"{server.rpartition('/')[0]}/no_such_database"
     garbled = server.replace("127.0.0.1:", "127.0.0.1:x")
-    for url, message in (
-        (wrong, "password authentication failed"),
-        (nowhere, 'database "no_such_database" does not exist'),
-        (garbled, "is no URL"),
-    ):
+    refused, unknown = {
+        "postgresql": ("password authentication failed", '"no_such_database" does not exist'),
+        "mysql": ("Access denied for user 'sweeper'", "Unknown database 'no_such_database'"),
+    }[server.partition(":")[0]]
+    for url, message in ((wrong, refused), (nowhere, unknown), (garbled, "is no URL")):
         monkeypatch.setenv("OPTUNA_STORAGE", url)
         assert main(["sweep", "--worker", "--study=x"]) == 2
         said = capsys.readouterr().err
@@ -178,6 +226,7 @@ def test_a_password_is_never_printed(server, monkeypatch, capsys):
 
 def test_nothing_is_made_where_something_is_wrong(server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(zoo, "FAMILIES", quick_launch.FAMILIES)
     monkeypatch.setenv("OPTUNA_STORAGE", server)
     config = "--config=tests/tiny_sweep.py"
     make = ["sweep", config, "--executor=none", "--study=made", "--trials=2"]
