@@ -11,16 +11,13 @@ makes up.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
+import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -67,9 +64,7 @@ def programs(
 
 def seconds(call: Callable[[], Any]) -> float:
     """Wall-clock time of one call."""
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - began
+    return measure.timed(lambda: jax.block_until_ready(call()))
 
 
 def copy_speed() -> float:
@@ -86,7 +81,7 @@ def exponent(points: list[tuple[int, float]]) -> float:
     return float(np.polyfit(np.log(tokens), np.log(times), 1)[0])
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def by_tokens(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a kind, number of tokens and pass."""
     rows = []
     copying = copy_speed()
@@ -101,23 +96,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for call in calls.values():
             jax.block_until_ready(call())
-        rounds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-        until = time.perf_counter() + args.seconds
-        while min(map(len, rounds.values())) < 5 or time.perf_counter() < until:
-            for key, call in calls.items():
-                rounds[key].append(seconds(call))
+        runs = {key: functools.partial(seconds, call) for key, call in calls.items()}
+        rounds = measure.by_turns(runs, rounds=5, seconds=args.seconds)
         traffic = 2 * PATCH * PATCH * tokens * args.width * jnp.dtype(args.dtype).itemsize
         for (name, which), times in rounds.items():
-            median = statistics.median(times)
+            spread = measure.spread(times)
             rows.append(
                 {
                     "attention": name,
                     "pass": which,
                     "tokens": tokens,
-                    "ms": 1000 * median,
-                    "ms_quartiles": [1000 * q for q in np.quantile(times, (0.25, 0.75))],
+                    "ms": 1000 * spread["median"],
+                    "ms_quartiles": [1000 * spread["low"], 1000 * spread["high"]],
                     "rounds": len(times),
-                    "share_of_copy_speed": traffic / median / copying,
+                    "share_of_copy_speed": traffic / spread["median"] / copying,
                 }
             )
         print(f"{tokens} tokens measured", file=sys.stderr, flush=True)
@@ -161,7 +153,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="a size, at least")
     parser.add_argument("--out", type=Path, metavar="DIR")
     args = parser.parse_args()
-    rows = measure(args)
+    rows = by_tokens(args)
     passes = dict.fromkeys(row["pass"] for row in rows)
     exponents = {
         which: {name: exponent(points) for name, points in curves(rows, which).items()}
@@ -177,18 +169,10 @@ def main() -> None:
         table.append([which, "exponent", *fitted])
     report.print_table(["pass", "tokens", *(f"{n} (ms)" for n in ATTENTIONS)], table, Console())
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        where = {
-            "date": datetime.date.today().isoformat(),
-            "device": jax.devices()[0].device_kind,
-            "cores": len(os.sched_getaffinity(0)),
-            "load": os.getloadavg()[0],
-            "platform": platform.platform(),
-            "jax": jax.__version__,
-        }
         given = {key: value for key, value in vars(args).items() if key != "out"}
-        text = json.dumps({**where, **given, "exponents": exponents, "rows": rows}, indent=1)
-        (args.out / "attention.json").write_text(text + "\n")
+        where = {**measure.where(), "device": jax.devices()[0].device_kind}
+        record = {**where, **given, "exponents": exponents, "rows": rows}
+        measure.write(args.out / "attention.json", record)
         draw(args.out / "attention.png", rows, exponents)
 
 

@@ -10,13 +10,9 @@ are read once before the first round.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -27,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import input_set
+import measure
 from input_peers import BATCH, ENGINES, SIZE
 from rich.console import Console
 from rich.table import Table
@@ -104,13 +101,8 @@ def main() -> None:
             f"Other processes took up to {busiest:.2f} cores: do not trust rates and ratios, only "
             "CPU times, and measure again on a quiet machine."
         )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": _machine(),
-        "versions": _versions(),
+        **measure.where(PACKAGES),
         "settings": {
             "rounds": arguments.rounds,
             "batches": arguments.batches,
@@ -122,7 +114,7 @@ def main() -> None:
         "summary": summary,
         "runs": runs,
     }
-    (arguments.out / "input.json").write_text(json.dumps(record, indent=1) + "\n")
+    measure.write(arguments.out / "input.json", record)
     (arguments.out / "input.md").write_text(_markdown(record))
     console.print(f"written to {arguments.out / 'input.json'} and {arguments.out / 'input.md'}")
 
@@ -352,37 +344,6 @@ def _set_line(about: dict[str, Any]) -> str:
 
 def _cores(count: int) -> str:
     return "1 core" if count == 1 else f"{count} cores"
-
-
-def _machine() -> dict[str, Any]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 if __name__ == "__main__":

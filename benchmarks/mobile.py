@@ -8,16 +8,14 @@ the ratio of medians. Weights are random; values do not change the time.
 """
 
 import argparse
-import datetime
 import functools
-import json
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
+
+import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +28,8 @@ from mobilevit_jax import report, steps  # noqa: E402
 from mobilevit_jax.models import zoo  # noqa: E402
 from mobilevit_jax.models.folding import fold_norms  # noqa: E402
 from mobilevit_jax.tools import export, files  # noqa: E402
+
+PACKAGES = ("jax", "onnxruntime", "ai-edge-litert")
 
 
 class Pair(NamedTuple):
@@ -71,24 +71,19 @@ def write(name: str, attention: str, format: str, size: int, directory: Path) ->
     return path
 
 
-def measure(format: str, *, size: int, repeats: int, directory: Path) -> dict[str, list[float]]:
+def by_network(format: str, *, size: int, repeats: int, directory: Path) -> dict[str, list[float]]:
     """Seconds of every run, by network."""
     networks = dict.fromkeys(each for pair in PAIRS for each in (pair.slow, pair.fast))
+    image = np.random.default_rng(0).random((1, size, size, 3), np.float32)
     runs = {}
     for name, attention in networks:
         path = write(name, attention, format, size, directory)
         opened = export.FORMATS[format].open
         assert opened is not None
-        runs[f"{name} {attention}".strip()] = opened(path)
-    image = np.random.default_rng(0).random((1, size, size, 3), np.float32)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-2, repeats):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run(image)
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+        call = functools.partial(opened(path), image)
+        runs[f"{name} {attention}".strip()] = functools.partial(measure.timed, call)
+    measure.by_turns(runs, rounds=2)
+    return measure.by_turns(runs, rounds=repeats)
 
 
 def main() -> None:
@@ -107,7 +102,7 @@ def main() -> None:
             console.print(f"{format} is left out: {error}", markup=False)
             continue
         with tempfile.TemporaryDirectory() as directory:
-            seconds = measure(
+            seconds = by_network(
                 format, size=args.size, repeats=args.repeats, directory=Path(directory)
             )
         medians = {name: statistics.median(each) for name, each in seconds.items()}
@@ -121,16 +116,9 @@ def main() -> None:
             ["network", "ms"], [[k, f"{1e3 * v:.1f}"] for k, v in medians.items()], console
         )
         report.print_table(["ratio", ""], [[k, f"{v:.2f}"] for k, v in ratios.items()], console)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "size": args.size,
-        "repeats": args.repeats,
-        "results": results,
-    }
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+        record = {"size": args.size, "repeats": args.repeats, "results": results}
+        measure.write(args.out, {**measure.where(PACKAGES), **record})
 
 
 if __name__ == "__main__":

@@ -334,8 +334,16 @@ def bound_step(run: build.Experiment) -> Callable[..., Any]:
     )
 
 
-def _step_by_rates(run: build.Experiment) -> Callable[..., Any]:
-    """`bound_step`, with `run.rates` as an argument: (state, batch, rates) -> (state, metrics)."""
+def program(run: build.Experiment, abstract_state: steps.TrainState) -> Callable[..., Any]:
+    """`bound_step`, jitted, with `run.rates` as an argument: (state, batch, rates=…).
+
+    Args:
+        run: built.
+        abstract_state: its shapes and shardings.
+
+    Returns:
+        Of the state, which is donated, and the batch: the new state and the metrics.
+    """
 
     def step(state: steps.TrainState, batch: Tree, rates: Tree) -> Any:
         def curve(at: ArrayLike) -> jax.Array:
@@ -344,7 +352,8 @@ def _step_by_rates(run: build.Experiment) -> Callable[..., Any]:
         tx = run.optimizer(curve, {"weight_decay": rates["weight_decay"]})
         return bound_step(run._replace(tx=tx, curve=curve))(state, batch)
 
-    return step
+    out = sharding.shardings(abstract_state), sharding.replicated(run.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 class Forecast(NamedTuple):
@@ -371,8 +380,7 @@ def _compile(
     """The programs of all shapes and of evaluation; tells of each, and of what they will take."""
     table, began = run.shapes.table, reporter.elapsed
     variables = abstract_state.variables("raw")
-    out = sharding.shardings(abstract_state), sharding.replicated(run.mesh)
-    train_step = jax.jit(_step_by_rates(run), donate_argnums=0, out_shardings=out)
+    train_step = program(run, abstract_state)
     rates = jax.device_put(run.rates, sharding.replicated(run.mesh))
 
     def compile_step(shape: multiscale.Shape) -> Any:

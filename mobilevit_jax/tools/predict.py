@@ -105,14 +105,7 @@ def predict(
             raise build.ConfigError(f"--attention: {reason}")
         _make(attention)
     pictures = _picture_names([pathlib.Path(_name(image)) for image in images])
-    step = jax.jit(
-        functools.partial(
-            steps.predict_step if attention is None else attention_step,
-            model=model.model,
-            task=classification.classification(),
-            input_spec=model.input_spec,
-        )
-    )
+    step = program(model, attention=attention is not None)
     # One size of batch, so that one program serves all.
     batch_size = min(BATCH, len(images))
     shown: list[np.ndarray] = []
@@ -146,6 +139,18 @@ def predict(
                 yield Prediction(_name(file), labels, picture)
     if sheet is not None and shown:
         report.sample_sheet(sheet, np.stack(shown), captions)
+
+
+def program(model: pretrained.Pretrained, *, attention: bool) -> Callable[..., Any]:
+    """`steps.predict_step` of the network, or `attention_step`, jitted: (variables, image)."""
+    return jax.jit(
+        functools.partial(
+            attention_step if attention else steps.predict_step,
+            model=model.model,
+            task=classification.classification(),
+            input_spec=model.input_spec,
+        )
+    )
 
 
 def attention_step(
