@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 INFERENCE, TRAIN = "inference", "train"
 CHECKED_STEPS = 3  # of training, whose losses are compared
-RATE, DECAY, SMOOTHING, EMA_DECAY = 1e-4, 0.05, 0.1, 0.9995
 CLASSES = 1000
+# What every system does in a train step.
+RATE, DECAY, SMOOTHING, EMA_DECAY = 1e-4, 0.05, 0.1, 0.9995
 
 
 class Job(NamedTuple):
@@ -78,7 +79,7 @@ class Program(NamedTuple):
     release: Callable[[], bool] = lambda: False
 
 
-def ours(job: Job) -> Program:
+def mobilevit_jax(job: Job) -> Program:
     """The project's predict step, or its train step, as the command line runs them."""
     import jax
 
@@ -100,53 +101,18 @@ def _our_inference(job: Job) -> Callable[[], Any]:
 
 
 def _our_training(job: Job) -> Callable[[], Any]:
-    import jax
+    import ours
 
-    from mobilevit_jax import build, sharding, steps, train
+    from mobilevit_jax import sharding, train
     from mobilevit_jax.tools import pretrained
 
-    config = our_config(job.network, size=job.size, batch_size=len(job.label()), dtype=job.dtype)
-    run = build.experiment(config, dry_run=True)
-    init = functools.partial(
-        steps.init_state, run.seed, model=run.training.model, tx=run.tx, size=job.size
-    )
-    abstract_state = build.placed(jax.eval_shape(init), run)
-    shardings = sharding.shardings(abstract_state)
+    batch = {"image": job.image(), "label": job.label(), "mask": np.ones(len(job.label()), bool)}
+    config = ours.config(job.network, size=job.size, batch_size=len(job.label()), dtype=job.dtype)
+    built = ours.built(config)
     variables = pretrained.read(job.weights("native")).pretrained.variables
-    state = train._warm_start(steps.run_once(init, shardings), variables, job.network, shardings)
-    image, label = job.image(), job.label()
-    mask = np.ones(len(label), bool)
-    batch = sharding.put_batch({"image": image, "label": label, "mask": mask}, run.mesh)
-    rates = jax.device_put(run.rates, sharding.replicated(run.mesh))
-    step = train.program(run, abstract_state)
-
-    def advance() -> Any:
-        nonlocal state
-        state, metrics = step(state, batch, rates=rates)
-        return metrics["loss"]
-
-    return advance
-
-
-def our_config(network: str, *, size: tuple[int, int], batch_size: int, dtype: str) -> Any:
-    """A run's config with what all systems do in a step: no mixing, no clipping, no dropout."""
-    from ml_collections import ConfigDict
-
-    from configs import base
-    from mobilevit_jax import build
-    from mobilevit_jax.models import zoo
-
-    entry, config = zoo.ZOO[network], base.get_config()
-    fields = build.plain(zoo.fields(zoo.create(entry.family, num_classes=1, **entry.fields)))
-    dropouts = dict.fromkeys(fields.keys() & {"dropout", "block_dropout"}, 0.0)
-    with config.unlocked():
-        config.model = ConfigDict({"name": entry.family, **fields, **dropouts})
-    config.batch_size, config.dtype, config.input.size = batch_size, dtype, size
-    config.optimizer.lr = config.schedule.init = RATE
-    config.optimizer.weight_decay, config.optimizer.clip_norm = DECAY, 0.0
-    config.task.label_smoothing, config.ema_decay = SMOOTHING, EMA_DECAY
-    config.dry_run.classes = CLASSES
-    return config
+    shardings = sharding.shardings(built.abstract_state)
+    state = train._warm_start(built.state(), variables, job.network, shardings)
+    return ours.stepping(built, train.program(built.run, built.abstract_state), state, batch)
 
 
 def pytorch(job: Job, *, library: str, compiled: bool, channels_last: bool) -> Program:
@@ -373,7 +339,7 @@ def _pytorch_systems() -> Iterator[tuple[str, System]]:
 
 # fmt: off
 SYSTEMS: Mapping[str, System] = {
-    "ours": System("mobilevit_jax", (), ("native",), (INFERENCE, TRAIN), ours),
+    "ours": System("mobilevit_jax", (), ("native",), (INFERENCE, TRAIN), mobilevit_jax),
     **dict(_pytorch_systems()),
     "onnx_timm": System(
         "ONNX Runtime, timm's network", ("torch", "timm", "onnx", "onnxruntime"),

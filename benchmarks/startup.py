@@ -7,7 +7,6 @@ step. The first of a pair finds the compilation cache empty, the second finds wh
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -45,25 +44,19 @@ def start(network: str, batch_size: int, dtype: str, began: float) -> dict[str, 
         clock.append(time.time())
 
     import jax
-    import numpy as np
-    from models_peers import CLASSES, our_config
+    import ours
 
-    from mobilevit_jax import build, sharding, steps, train
+    from mobilevit_jax import sharding, train
     from mobilevit_jax.models import zoo
 
     jax.devices()
     tick()
     size = zoo.ZOO[network].size
-    config = our_config(network, size=size, batch_size=batch_size, dtype=dtype)
-    run = build.experiment(config, dry_run=True)
-    init = functools.partial(
-        steps.init_state, run.seed, model=run.training.model, tx=run.tx, size=size
-    )
-    abstract_state = build.placed(jax.eval_shape(init), run)
+    built = ours.built(ours.config(network, size=size, batch_size=batch_size, dtype=dtype))
     tick()
-    state = steps.run_once(init, sharding.shardings(abstract_state))
-    jax.block_until_ready(state)
+    state = jax.block_until_ready(built.state())
     tick()
+    run, abstract_state = built.run, built.abstract_state
     rates = jax.device_put(run.rates, sharding.replicated(run.mesh))
     batch = sharding.abstract_batch(run.mesh, batch_size=batch_size, size=size)
     traced = train.program(run, abstract_state).trace(abstract_state, batch, rates=rates)
@@ -72,11 +65,7 @@ def start(network: str, batch_size: int, dtype: str, began: float) -> dict[str, 
     tick()
     compiled = lowered.compile()
     tick()
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (batch_size, *size, 3), np.uint8)
-    label = rng.integers(0, CLASSES, batch_size, np.int32)
-    host = {"image": image, "label": label, "mask": np.ones(batch_size, bool)}
-    jax.block_until_ready(compiled(state, sharding.put_batch(host, run.mesh), rates=rates))
+    ours.stepping(built, compiled, state, ours.noise(batch_size, size))()
     tick()
     seconds = [after - before for before, after in itertools.pairwise(clock)]
     return dict(zip(STAGES, seconds, strict=True))
