@@ -18,9 +18,12 @@ On an NVIDIA GPU (written for it, and not yet run on one), with CUDA builds of j
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -58,7 +61,7 @@ TOLERANCES = {
 }
 
 
-class SystemError(Exception):
+class FailedError(Exception):
     """A system could not be built, or gave up."""
 
 
@@ -92,8 +95,9 @@ class Process:
     def turn(self, seconds: float) -> float:
         """Runs for so long, once at least; the median time of a call."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # the answer then says why
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
         return float(np.median(self._answer()))
 
     def memory_mb(self) -> float:
@@ -113,7 +117,7 @@ class Process:
             return json.loads(line)
         status = self._process.wait()
         said = self._errors.read_text(errors="replace").strip().splitlines()
-        raise SystemError(f"status {status}: {said[-1] if said else 'it says nothing'}")
+        raise FailedError(f"status {status}: {said[-1] if said else 'it says nothing'}")
 
 
 def prepare(network: str, batch_size: int, size: tuple[int, int], directory: Path) -> dict:
@@ -186,7 +190,7 @@ def compare(
                 huge = args.huge_pages == "both" or (args.huge_pages, name) == ("ours", "ours")
                 try:
                     process = Process(job, huge_pages=huge)
-                except SystemError as error:
+                except FailedError as error:
                     console.print(f"{name} failed and is left out: {error}", markup=False)
                     if name == "ours":
                         raise
@@ -207,10 +211,24 @@ def compare(
                     )
                 seconds = process.ready["build_s"] + process.ready["first_call_s"]
                 console.print(f"{name} built in {seconds:.0f} s, differs by {apart:.1e}")
-            runs = {name: (lambda p=p: p.turn(args.turn)) for name, p in processes.items()}
+            failed: dict[str, str] = {}
+
+            def turn(name: str) -> float:
+                try:
+                    return math.nan if name in failed else processes[name].turn(args.turn)
+                except FailedError as error:
+                    failed[name] = str(error)
+                    return math.nan
+
+            runs = {name: functools.partial(turn, name) for name in processes}
             times = measure.by_turns(runs, rounds=args.rounds, seconds=args.seconds)
-            for name, process in processes.items():
-                rows[name]["memory_mb"] = round(process.memory_mb())
+            for name, error in failed.items():
+                console.print(f"{name} failed and is left out: {error}", markup=False)
+                del rows[name]
+            if "ours" in failed:
+                raise FailedError(failed["ours"])
+            for name in rows:
+                rows[name]["memory_mb"] = round(processes[name].memory_mb())
         finally:
             for process in processes.values():
                 process.close()
@@ -309,7 +327,7 @@ def main() -> None:
     for network, mode, batch_size in itertools.product(args.models, args.mode, args.batch):
         try:
             cases.append(compare(network, batch_size, mode, args, console))
-        except (SystemError, build.ConfigError) as error:
+        except (FailedError, build.ConfigError) as error:
             sys.exit(f"models.py: {network}: {error}")
         table(cases[-1], console)
         if args.json is not None:  # after each, so that what was measured is not lost
