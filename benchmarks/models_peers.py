@@ -119,6 +119,9 @@ def pytorch(job: Job, *, library: str, compiled: bool, channels_last: bool) -> P
     """A PyTorch network, as its library builds it, in inference or in a train step."""
     torch = _torch(job)
     network = {"timm": _timm, "hf": _hugging_face}[library](job)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):  # Hugging Face's v1 has some of its own
+            module.p = 0.0
     order = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device=job.device, memory_format=order)
     # Its input is there as it wants it, where ours begins with uint8 and scales it.
@@ -203,7 +206,7 @@ def _torch(job: Job) -> Any:
 def _timm(job: Job) -> Any:
     import timm
 
-    network = timm.create_model(job.network, num_classes=CLASSES, drop_rate=0.0)
+    network = timm.create_model(job.network, num_classes=CLASSES)
     directory = job.weights("timm")
     if directory.exists():
         timm.models.load_checkpoint(network, str(directory / "model.safetensors"))
@@ -246,9 +249,7 @@ def _load_in_order(network: Any, directory: Path) -> None:
 def _hugging_face(job: Job) -> Any:
     import transformers
 
-    return transformers.AutoModelForImageClassification.from_pretrained(
-        job.weights("hf"), classifier_dropout_prob=0.0
-    )
+    return transformers.AutoModelForImageClassification.from_pretrained(job.weights("hf"))
 
 
 def _logits(output: Any) -> Any:

@@ -17,6 +17,7 @@ from models_peers import CLASSES, DECAY, EMA_DECAY, RATE, SMOOTHING  # noqa: E40
 from configs import base  # noqa: E402
 from mobilevit_jax import build, sharding, steps, train  # noqa: E402
 from mobilevit_jax.models import zoo  # noqa: E402
+from mobilevit_jax.tools import formats  # noqa: E402
 
 
 class Built(NamedTuple):
@@ -45,8 +46,9 @@ def config(
     dropouts = dict.fromkeys(fields.keys() & {"dropout", "block_dropout"}, 0.0)
     with config.unlocked():
         config.model = ConfigDict({"name": entry.family, **fields, **dropouts})
+        config.input = ConfigDict(formats.published_spec(entry.family, size)._asdict())
     config.batch_size = config.eval.batch_size = batch_size
-    config.dtype, config.input.size, config.remat = dtype, size, tuple(remat)
+    config.dtype, config.remat = dtype, tuple(remat)
     config.optimizer.lr = config.schedule.init = RATE
     config.optimizer.weight_decay, config.optimizer.clip_norm = DECAY, 0.0
     config.task.label_smoothing, config.ema_decay = SMOOTHING, EMA_DECAY
