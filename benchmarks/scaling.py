@@ -35,6 +35,7 @@ REMAT = {
     "all": ("stem", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5"),
 }
 MIB = 2**20
+PARTS = ("memory", "devices", "batch", "resolution")
 
 
 # --- in the processes -----------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def main() -> None:
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--rounds", type=int, default=5)
     add("--out", type=Path, metavar="DIR")
-    add("--part", choices=("devices", "batch", "resolution", "memory"), help=argparse.SUPPRESS)
+    add("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     fixed = args.fixed_batch, args.fixed_side
     if args.part == "memory":
@@ -243,16 +244,15 @@ def main() -> None:
         }[args.part]
         print(json.dumps(times(args.model, points, args)))
         return
-    results: dict[str, Any] = {"devices": []}
-    for devices in args.devices:
-        for row in child("devices", devices, args):
-            results["devices"].append({"devices": devices, **row})
-    for part in ("batch", "resolution", "memory"):
-        results[part] = child(part, 1, args)
+    given = {"model": args.model, "dtype": args.dtype, "rounds": args.rounds}
+    results: dict[str, Any] = {part: [] for part in PARTS}
+    for part in PARTS:
+        for devices in args.devices if part == "devices" else [1]:
+            results[part] += [{"devices": devices, **row} for row in child(part, devices, args)]
+            if args.out:  # after each, so that what was measured is not lost
+                measure.write(args.out / "scaling.json", {**measure.where(), **given, **results})
     _print(results, Console())
     if args.out:
-        given = {"model": args.model, "dtype": args.dtype, "rounds": args.rounds}
-        measure.write(args.out / "scaling.json", {**measure.where(), **given, **results})
         draw(args.out / "scaling.png", results, args.model)
 
 
@@ -262,7 +262,7 @@ def _print(results: dict[str, Any], console: Console) -> None:
     cells = [
         [
             part,
-            f"{row.get('devices', 1)}",
+            f"{row['devices']}",
             f"{row['batch_size']}",
             f"{row['side']}",
             f"{1e3 * row['seconds']['median']:,.0f}",

@@ -334,7 +334,7 @@ def bound_step(run: build.Experiment) -> Callable[..., Any]:
     )
 
 
-def program(run: build.Experiment, abstract_state: steps.TrainState) -> Callable[..., Any]:
+def program(run: build.Experiment, abstract_state: steps.TrainState) -> Any:
     """`bound_step`, jitted, with `run.rates` as an argument: (state, batch, rates=…).
 
     Args:
@@ -342,7 +342,7 @@ def program(run: build.Experiment, abstract_state: steps.TrainState) -> Callable
         abstract_state: its shapes and shardings.
 
     Returns:
-        Of the state, which is donated, and the batch: the new state and the metrics.
+        A jitted function of the state, which is donated, and the batch: new state and metrics.
     """
 
     def step(state: steps.TrainState, batch: Tree, rates: Tree) -> Any:
