@@ -49,6 +49,8 @@ def config(
         config.input = ConfigDict(formats.published_spec(entry.family, size)._asdict())
     config.batch_size = config.eval.batch_size = batch_size
     config.dtype, config.remat = dtype, tuple(remat)
+    # The curve is an argument of the step, a number each: 300 epochs in small batches are too many.
+    config.duration, config.schedule.warmup = "20000 steps", "10000 steps"
     config.optimizer.lr = config.schedule.init = RATE
     config.optimizer.weight_decay, config.optimizer.clip_norm = DECAY, 0.0
     config.task.label_smoothing, config.ema_decay = SMOOTHING, EMA_DECAY
