@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from mobilevit_jax import processes, tree
 from mobilevit_jax.tree import Tree
 
-# By default every device with a copy of an array writes a part of it: thousands of slices, which the
-# training loop waits for, of arrays this small.
+# By default each device with a copy of an array writes a part of it: thousands of slices, for which
+# the training loop waits, and each so small that nothing is won.
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
 )

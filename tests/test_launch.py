@@ -311,9 +311,8 @@ def test_a_broken_image_is_named_and_replaced(tmp_path, capsys):
     assert launch.main(["train", CONFIG, f"--workdir={workdir}", data]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "broken example" in line]
     assert len(told) == 1
-    assert (
-        f"warning: broken example 1: cannot decode {root / 'train' / '3' / '7.png'} (the file is" in told[0]
-    )
+    path = root / "train" / "3" / "7.png"
+    assert f"warning: broken example 1: cannot decode {path} (the file is" in told[0]
     assert [row["data/broken"] for row in rows(workdir) if "data/broken" in row][-1] == 1
 
 
