@@ -458,7 +458,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def memory(args: argparse.Namespace, photographs: list[bytes], console: Console) -> dict[str, Any]:
-    """Resident memory of our server over many requests, and its slope in the second half."""
+    """Resident memory of our server over many requests, and its slope in the second half.
+
+    A Ctrl-C ends it early.
+    """
     command = [sys.executable, "launch.py", "serve", args.reference]
     samples: list[tuple[int, int]] = []
     with started(command, photographs[0]) as server:
@@ -475,7 +478,8 @@ def memory(args: argparse.Namespace, photographs: list[bytes], console: Console)
                     await asyncio.sleep(0.1)
 
             watching = asyncio.create_task(watch())
-            await _closed_for(load, clients=args.clients, requests=args.requests)
+            with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C: what there is, is told
+                await _closed_for(load, clients=args.clients, requests=args.requests)
             watching.cancel()
             samples.append((len(load.seconds), server.memory()))
 

@@ -758,7 +758,7 @@ def unharmed(url, *, at_least):
 
     def scrape():
         text = ask(f"{url}/metrics").body.decode()
-        answered = sum(map(int, re.findall(r"requests_total\{[^}]*\} (\d+)", text)))
+        answered = sum(map(int, re.findall(r"requests_total\{.*\} (\d+)", text)))
         return text, answered, int(re.search(r"resident_memory_bytes (\d+)", text)[1])
 
     for _ in range(50):  # what decoding and computing allocate once
@@ -770,7 +770,7 @@ def unharmed(url, *, at_least):
     assert now_answered - answered >= at_least
     assert now_memory < memory + 200 * 2**20
     assert not re.search(r'status="5\d\d"', text)
-    assert set(re.findall(r"waiting_requests\{[^}]*\} (\d+)", text)) == {"0"}
+    assert set(re.findall(r"waiting_requests\{.*\} (\d+)", text)) == {"0"}
     assert ask(url, JPEG).status == 200
 
 
