@@ -484,11 +484,10 @@ def memory(args: argparse.Namespace, photographs: list[bytes], console: Console)
             samples.append((len(load.seconds), server.memory()))
 
         result = measure(server, load, run)
-    later = np.array(samples[len(samples) // 2 :], float)
-    slope = np.polyfit(later[:, 0], later[:, 1], 1)[0] if len(later) > 2 else float("nan")
+    slope = memory_slope(samples)
     result |= {
         "memory_mib": [[count, round(size / 2**20, 2)] for count, size in samples],
-        "slope_bytes_a_request": float(slope),
+        "slope_bytes_a_request": slope,
         "p50_ms": 1e3 * _quantile(load.seconds, 0.5),
         "p99_ms": 1e3 * _quantile(load.seconds, 0.99),
     }
@@ -498,6 +497,19 @@ def memory(args: argparse.Namespace, photographs: list[bytes], console: Console)
         f"{samples[-1][1] / 2**20:.1f} MiB, in the second half {slope:+.1f} bytes a request"
     )
     return result
+
+
+def memory_slope(samples: Sequence[tuple[int, float]]) -> float:
+    """Bytes a request: medians of the last quarter and of the one before it, on their distance.
+
+    Medians, because what a batch needs comes and goes.
+    """
+    quarter = len(samples) // 4
+    if not quarter:
+        return float("nan")
+    before, last = np.array(samples[-2 * quarter : -quarter]), np.array(samples[-quarter:])
+    requests, size = np.median(last, axis=0) - np.median(before, axis=0)
+    return float(size / requests)
 
 
 # --- the command ----------------------------------------------------------------------------------
