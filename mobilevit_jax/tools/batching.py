@@ -1,8 +1,9 @@
 """Dynamic batching: requests that arrive one by one are computed in batches of a few fixed sizes.
 
-Each request brings a function that makes its image; a pool of threads calls it. One thread computes
-what is ready. It waits for more only while more is on its way, and not longer than `max_delay`. The
-number of requests inside is bounded: one more is `Overloaded`, at once, and costs nothing.
+Each request brings a function that makes its image; a pool of threads calls it. A few threads
+compute what is ready. They wait for more only while more is on its way, and not longer than
+`max_delay`. The number of requests inside is bounded: one more is `Overloaded`, at once, and costs
+nothing.
 
 Before editing: futures may be cancelled at any moment (a client that hangs up), and their callbacks
 run in whatever thread does it. The lock is reentrant for that reason.
@@ -86,11 +87,12 @@ class Batcher:
 
     Args:
         compute: from a batch of images, padded with zeros, to what is answered for each. It is
-            called by one thread at a time.
+            called by `at_once` threads.
         seconds: what it takes, by the sizes that it can be called with; 1 must be among them.
         size: (h, w) of the images.
         max_delay: seconds that an image waits at most for others to come with it.
         max_waiting: requests inside at most.
+        at_once: batches being computed at most.
         decoders: threads that call the functions given to `submit`.
     """
 
@@ -102,6 +104,7 @@ class Batcher:
         size: tuple[int, int],
         max_delay: float,
         max_waiting: int,
+        at_once: int,
         decoders: Executor,
     ) -> None:
         self._compute, self._size, self._decoders = compute, size, decoders
@@ -113,8 +116,12 @@ class Batcher:
         self._closed = False
         self._batches = dict.fromkeys(sorted(seconds), 0)
         self._images, self._seconds, self._failed = 0, 0.0, 0
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batches-{i}", daemon=True)
+            for i in range(at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, decode: Callable[[Image], None]) -> Future[Any]:
         """What `compute` makes of an image, some time later.
@@ -149,7 +156,8 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _answered(self, future: Future[Any]) -> None:
         with self._changed:
@@ -176,20 +184,21 @@ class Batcher:
 
     def _next(self) -> tuple[list[_Ready], int] | None:
         """The images of the next batch, and its size with padding; None when there is no more."""
-        largest = len(self._plan) - 1
         with self._changed:
-            while not self._ready:
-                if self._closed and not self._decoding:
+            while (patience := self._patience()) is None or patience > 0:
+                if not self._ready and self._closed and not self._decoding:
                     return None
-                self._changed.wait()
-            deadline = self._ready[0].since + self._max_delay
-            while self._decoding and len(self._ready) < largest:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            size = self._plan[min(len(self._ready), largest)]
+                self._changed.wait(patience)
+            size = self._plan[min(len(self._ready), len(self._plan) - 1)]
             return [self._ready.popleft() for _ in range(min(size, len(self._ready)))], size
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for more images; None for as long as it takes, where there is none."""
+        if not self._ready:
+            return None
+        if not self._decoding or len(self._ready) >= len(self._plan) - 1:
+            return 0.0
+        return self._ready[0].since + self._max_delay - time.monotonic()
 
     def _run(self, ready: list[_Ready], size: int) -> None:
         ready = [each for each in ready if each.future.set_running_or_notify_cancel()]

@@ -28,7 +28,7 @@ from mobilevit_jax.tasks import classification
 from mobilevit_jax.tools import batching, files, predict, pretrained
 from mobilevit_jax.tree import Tree
 
-FUNCTIONS = ("softmax", "sigmoid", "none")
+AT_ONCE = 2  # batches: one alone leaves a part of the cores idle, and an accelerator its host
 TIMED = 3  # runs of a program, of which the fastest one counts
 
 
@@ -90,6 +90,7 @@ class Version:
             seconds=programs.seconds,
             max_delay=max_delay,
             max_waiting=max_waiting,
+            at_once=AT_ONCE,
             **how,
         )
         self._looks: batching.Batcher | None = None
@@ -99,6 +100,7 @@ class Version:
                 seconds={1: programs.attend_seconds},
                 max_delay=0.0,
                 max_waiting=max(programs.classify),
+                at_once=1,
                 **how,
             )
 
@@ -193,7 +195,7 @@ def load(
 
 
 def scores(logits: Float[np.ndarray, " k"], function: str) -> Float[np.ndarray, " k"]:
-    """Logits as scores, by one of FUNCTIONS."""
+    """Logits as scores, by one of `questions.FUNCTIONS`."""
     values = logits.astype(np.float64)
     if function == "softmax":
         values = np.exp(values - values.max())

@@ -1,7 +1,9 @@
 """Models of width 0.5 with random weights in every format, made once."""
 
 import functools
+import importlib.util
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -22,6 +24,16 @@ def _traced_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "abstract_variables", functools.cache(steps.abstract_variables))
         yield
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Files of 20 photographs of ImageNet, in the package foolbox; the tests skip without it."""
+    found = importlib.util.find_spec("foolbox")
+    if found is None:
+        pytest.skip("foolbox is not installed, which has the photographs")
+    (place,) = found.submodule_search_locations
+    return sorted((pathlib.Path(place) / "data").glob("imagenet_*.jpg"))
 
 
 @pytest.fixture(scope="session")

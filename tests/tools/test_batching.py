@@ -48,7 +48,7 @@ def made(compute):
     decoders, batchers = ThreadPoolExecutor(4), []
 
     def make(**options):
-        options = {"seconds": LINEAR, "max_delay": 0.0, "max_waiting": 100, **options}
+        options = {"seconds": LINEAR, "max_delay": 0.0, "max_waiting": 100, "at_once": 1, **options}
         batchers.append(batching.Batcher(compute, size=(2, 1), decoders=decoders, **options))
         return batchers[-1]
 
@@ -147,6 +147,19 @@ def test_too_many_are_refused_at_once_and_room_comes_back(made, compute):
     assert len(compute.batches) == 3  # the cancelled one was not computed
     with pytest.raises(CancelledError):
         others[1].result()
+
+
+def test_two_batches_at_once_and_not_three(made, compute):
+    batcher = made(at_once=2)
+    first = block(compute, batcher)
+    second = block(compute, batcher)
+    third = batcher.submit(fill(7))
+    wait_for(batcher, 1)
+    assert sizes(compute) == [1, 1]
+    compute.free.set()
+    for future, value in ((first, 0), (second, 0), (third, 2 * 3 * 7)):
+        assert future.result(FOREVER) == [value]
+    assert batcher.counts().images == 3
 
 
 def test_a_broken_batch_fails_its_own_and_the_next_goes_well(made, compute):

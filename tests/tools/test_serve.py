@@ -1,8 +1,8 @@
 """The server over loopback, as its clients see it: a real process, and one in a thread for faults.
 
 The long forms need packages that the suite does without: several versions of huggingface_hub, each
-in a directory of its own under $HUB_VERSIONS (pip install --target), and node_modules with
-@huggingface/inference in $NODE_MODULES.
+in a directory of its own under $HUB_VERSIONS (pip install --target), node_modules with
+@huggingface/inference in $NODE_MODULES, and schemathesis' program `st` as $SCHEMATHESIS.
 """
 
 import base64
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
@@ -35,7 +36,7 @@ from PIL import Image
 
 import launch
 from mobilevit_jax import checkpoint
-from mobilevit_jax.tools import predict, pretrained, serve, served
+from mobilevit_jax.tools import predict, pretrained, questions, serve, served, service
 from tests.weights import LABELS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -136,9 +137,9 @@ def version(both):
 @pytest.fixture
 def threaded(version):
     """A server in a thread, whose parts a test can break."""
-    service = serve.Service({RUN: version}, reload=lambda name, old: old)
+    routes = service.Service({RUN: version}, reload=lambda name, old: old)
     config = uvicorn.Config(
-        service.application(), http=serve._Protocol, loop="asyncio", log_config=None, lifespan="off"
+        routes.application(), http=serve._Protocol, loop="asyncio", log_config=None, lifespan="off"
     )
     server = uvicorn.Server(config)
     with serve.listen("127.0.0.1", 0) as listening:
@@ -333,6 +334,14 @@ def test_pictures_are_turned_upright(url):
     assert first == second
 
 
+def test_photographs_are_answered_as_predict_does(url, both, photographs):
+    said = predict.predict(pretrained.load(both[0]), photographs, top=5)
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        replies = clients.map(lambda path: ask(url, path.read_bytes()), photographs)
+        for reply, each in zip(replies, said, strict=True):
+            check(reply.json, each.labels)
+
+
 # --- what else there is to know -------------------------------------------------------------------
 
 
@@ -461,7 +470,7 @@ def test_addresses_methods_and_tokens(url):
 
 
 def test_long_bodies_are_cut_off(url):
-    too_long = b"x" * (serve.BODY_LIMIT + 1)
+    too_long = b"x" * (questions.BODY_LIMIT + 1)
     assert "longer than" in ask(url, too_long).error
     # Of one that does not say how long it is, too, and no more than needed is read.
     reply = ask(url, (too_long[: 2**20] for _ in range(17)))
@@ -493,11 +502,20 @@ def raw(url, data, *, end=False):
 
 def test_slow_clients(threaded, monkeypatch):
     monkeypatch.setattr(serve, "HEAD_SECONDS", 0.2)
-    monkeypatch.setattr(serve, "CHUNK_SECONDS", 0.2)
+    monkeypatch.setattr(questions, "CHUNK_SECONDS", 0.2)
     for head in (b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost: x\r\nX-A: 1\r\n"):
         assert raw(threaded, head) == b""
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
     assert b"408 Request Timeout" in raw(threaded, head + b"1234")
+    # Nor does it help to send a byte of the body now and then.
+    monkeypatch.setattr(questions, "CHUNK_SECONDS", 60.0)
+    monkeypatch.setattr(questions, "BODY_SECONDS", 0.5)
+    host, _, port = threaded.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.replace(b"9", b"999999"))
+        while not select.select([connection], [], [], 0.02)[0]:
+            connection.sendall(b"x")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 408 Request Timeout")
     # The second head of a connection is no exception; a request that takes long is.
     again = raw(threaded, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he")
     assert again.count(b"HTTP/1.1 ") == 1
@@ -596,21 +614,24 @@ def test_who_hangs_up_leaves_the_queue(threaded, version, monkeypatch):
         return compute(images)
 
     monkeypatch.setattr(version._queue, "_compute", slow)
-    with concurrent.futures.ThreadPoolExecutor(1) as clients:
-        first = clients.submit(ask, threaded, JPEG)
-        assert begun.wait(60)
+    with concurrent.futures.ThreadPoolExecutor(served.AT_ONCE) as clients:
+        before = []
+        for _ in range(served.AT_ONCE):  # a batch each
+            begun.clear()
+            before.append(clients.submit(ask, threaded, JPEG))
+            assert begun.wait(60)
         host, _, port = threaded.removeprefix("http://").partition(":")
         with socket.create_connection((host, int(port))) as connection:
             head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
             connection.sendall(head + JPEG)
-            while version.counts().waiting < 2:
+            while version.counts().waiting <= served.AT_ONCE:
                 time.sleep(0.01)
-        while version.counts().waiting > 1:
+        while version.counts().waiting > served.AT_ONCE:
             time.sleep(0.01)
         images = version.counts().images
         free.set()
-        assert first.result().status == 200
-    assert version.counts().images == images + 1
+        assert [each.result().status for each in before] == [200] * served.AT_ONCE
+    assert version.counts().images == images + served.AT_ONCE
 
 
 # --- reloading, beginning and ending --------------------------------------------------------------
@@ -731,11 +752,50 @@ def test_mutated_images(url):
     fuzz(url, 60)
 
 
+@contextlib.contextmanager
+def unharmed(url, *, at_least):
+    """So many requests, and after them: no 5xx, nothing left waiting, no memory lost."""
+
+    def scrape():
+        text = ask(f"{url}/metrics").body.decode()
+        answered = sum(map(int, re.findall(r"requests_total\{.*\} (\d+)", text)))
+        return text, answered, int(re.search(r"resident_memory_bytes (\d+)", text)[1])
+
+    for _ in range(50):  # what decoding and computing allocate once
+        ask(url, JPEG)
+    _, answered, memory = scrape()
+    yield
+    text, now_answered, now_memory = scrape()
+    print(f"{now_answered - answered:,} requests, memory {memory:,} -> {now_memory:,} bytes")
+    assert now_answered - answered >= at_least
+    assert now_memory < memory + 200 * 2**20
+    assert not re.search(r'status="5\d\d"', text)
+    assert set(re.findall(r"waiting_requests\{.*\} (\d+)", text)) == {"0"}
+    assert ask(url, JPEG).status == 200
+
+
 @pytest.mark.long
 def test_ten_thousand_mutated_images(url):
-    before = ask(f"{url}/metrics").body.decode()
-    fuzz(url, 10_000)
-    after = ask(f"{url}/metrics").body.decode()
-    memory = [int(re.search(r"resident_memory_bytes (\d+)", text)[1]) for text in (before, after)]
-    assert memory[1] < memory[0] + 200 * 2**20
-    assert not re.search(r'status="5\d\d"', after)
+    with unharmed(url, at_least=10_000):
+        fuzz(url, 10_000)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "requests"),
+    [
+        (["--phases=examples,coverage", "--max-examples=50"], 300),
+        (["--phases=fuzzing", "--max-examples=800", "--exclude-path-regex=reload$"], 10_000),
+    ],
+)
+def test_description_and_server_agree(url, options, requests, tmp_path):
+    """Schemathesis sends what the description allows and what it does not, without a browser."""
+    if "SCHEMATHESIS" not in os.environ:
+        pytest.skip("SCHEMATHESIS names no program (pip install schemathesis; its name is st)")
+    command = [os.environ["SCHEMATHESIS"], "run", f"{url}/openapi.json", "--checks=all", *options]
+    # That a text is an image in base64 is nothing that a schema can say.
+    command += ["--exclude-checks=positive_data_acceptance", "--generation-database=none"]
+    command += ["-H", f"Authorization: Bearer {TOKEN}", "--request-timeout=60", "--seed=1"]
+    with unharmed(url, at_least=requests):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
