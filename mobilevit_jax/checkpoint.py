@@ -21,12 +21,6 @@ import orbax.checkpoint as ocp
 from mobilevit_jax import processes, tree
 from mobilevit_jax.tree import Tree
 
-# By default each device with a copy of an array writes a part of it: thousands of slices, for which
-# the training loop waits, and each so small that nothing is won.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-)
-
 Meta = dict[str, Any]
 NEWEST, BEST, UNREADABLE = "checkpoints", "best", "unreadable"
 
@@ -101,6 +95,16 @@ def check_matches(expected: Tree, stored: Tree, *, where: pathlib.Path | str) ->
     )
 
 
+def _one_copy(leaf: Any) -> Any:
+    """Of an array of which every device has a copy, one of those.
+
+    Orbax would have each device write a part of it: thousands of slices, for which the training
+    loop waits. Among several processes it is the processes that share the writing.
+    """
+    alone = isinstance(leaf, jax.Array) and jax.process_count() == 1
+    return leaf.addressable_data(0) if alone and leaf.is_fully_replicated else leaf
+
+
 def _as_dicts(state: Tree) -> Tree:
     """The state as nested dicts keyed as Orbax stores it."""
     return ocp.tree.serialize_tree(state, keep_empty_nodes=True)
@@ -143,7 +147,8 @@ class Checkpoints:
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+                    state=ocp.args.StandardSave(jax.tree.map(_one_copy, state)),
+                    meta=ocp.args.JsonSave(dict(meta)),
                 ),
                 force=True,
             )

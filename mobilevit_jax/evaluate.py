@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from mobilevit_jax import build, processes, sharding, steps
+from mobilevit_jax import build, devices, processes, sharding, steps
 from mobilevit_jax.data import imagenet_sets, pipeline, transforms
 from mobilevit_jax.data.record import Source
 from mobilevit_jax.tasks import scores
@@ -24,6 +24,8 @@ class Evaluator(NamedTuple):
     """A compiled `steps.eval_step` and the split it runs over."""
 
     program: Any
+    # Of the program over parts of a batch.
+    loops: int
     # Zeros for the sums, on the mesh.
     totals: Tree
     network: build.Network
@@ -70,14 +72,20 @@ def make(
     everywhere = sharding.replicated(mesh)
     batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=network.input_spec.size)
     totals = sharding.abstract_like(_abstract_sums(network, batch), everywhere)
+    part = devices.images_at_a_time(mesh.size)
     step = functools.partial(
-        steps.eval_step, model=network.model, task=network.task, input_spec=network.input_spec
+        steps.eval_step,
+        model=network.model,
+        task=network.task,
+        input_spec=network.input_spec,
+        part=part,
     )
     program = jax.jit(step, out_shardings=(everywhere, sharding.split_batch(mesh)))
     return Evaluator(
         program=program.lower(
             sharding.abstract_like(variables, everywhere), totals, batch
         ).compile(),
+        loops=steps.number_of_parts(batch_size, part),
         totals=jax.device_put(
             jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), totals), everywhere
         ),

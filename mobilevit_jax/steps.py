@@ -262,6 +262,37 @@ def train_step(
     return new_state, metrics
 
 
+def number_of_parts(rows: int, part: int | None) -> int:
+    """How many parts of `part` rows a batch is worked on in; one where they do not divide it."""
+    return 1 if part is None or rows % part else max(rows // part, 1)
+
+
+def in_parts(
+    function: Callable[[Tree], tuple[Tree, Tree]], batch: Tree, *, part: int | None
+) -> tuple[Tree, Tree]:
+    """A function of a batch, worked on in parts of it.
+
+    Args:
+        function: of a batch: sums over its rows, and a tree of arrays of as many rows.
+        batch: arrays of b rows.
+        part: rows at a time (devices.images_at_a_time); see `number_of_parts`.
+
+    Returns:
+        The sums over all rows, and the rows in the batch's order.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    parts = number_of_parts(rows, part)
+    if parts == 1:
+        return function(batch)
+    # Part i takes rows i, i + parts, …: every device keeps its own rows.
+    split = jax.tree.map(
+        lambda x: x.reshape(part, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )  # parts part …
+    sums, results = jax.lax.map(function, split)
+    results = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), results)
+    return jax.tree.map(lambda total: total.sum(0), sums), results
+
+
 def eval_step(
     variables: Mapping[str, Tree],
     totals: dict[str, Float[Array, "..."]],
@@ -270,14 +301,20 @@ def eval_step(
     model: nn.Module,
     task: Task,
     input_spec: InputSpec,
+    part: int | None = None,
 ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Array]]:
     """Adds one batch's sums over its valid examples to `totals`; gives the predictions as well.
 
-    Predictions that nobody fetches cost next to nothing, and one program serves both uses.
+    Predictions that nobody fetches cost next to nothing, and one program serves both uses. `part`
+    is that of `in_parts`.
     """
-    outputs = model.apply(variables, normalize(batch["image"], input_spec), train=False)
-    totals = jax.tree.map(jnp.add, totals, task.sums(outputs, batch))
-    return totals, task.predict(outputs)
+
+    def run(batch: Batch) -> tuple[Tree, Tree]:
+        outputs = model.apply(variables, normalize(batch["image"], input_spec), train=False)
+        return task.sums(outputs, batch), task.predict(outputs)
+
+    sums, predictions = in_parts(run, batch, part=part)
+    return jax.tree.map(jnp.add, totals, sums), predictions
 
 
 def predict_step(
@@ -287,6 +324,11 @@ def predict_step(
     model: nn.Module,
     task: Task,
     input_spec: InputSpec,
+    part: int | None = None,
 ) -> dict[str, Array]:
-    """The task's predictions for uint8 RGB images."""
-    return task.predict(model.apply(variables, normalize(image, input_spec), train=False))
+    """The task's predictions for uint8 RGB images; `part` is that of `in_parts`."""
+
+    def run(image: UInt8[Array, "b h w 3"]) -> tuple[Tree, Tree]:
+        return (), task.predict(model.apply(variables, normalize(image, input_spec), train=False))
+
+    return in_parts(run, image, part=part)[1]

@@ -409,7 +409,7 @@ def _compile(
             )
             costs[index] = programs.cost(result, loops=run.accum)
         else:
-            name, costs[index] = "evaluation", programs.cost(result.program)
+            name, costs[index] = "evaluation", programs.cost(result.program, loops=result.loops)
         reporter.note(
             f"compiled {len(results)}/{len(jobs)}: {name}, {reporter.elapsed - began:.1f} s; "
             f"{costs[index].flops / 1e9:,.2f} GFLOP on a device"

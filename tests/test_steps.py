@@ -286,6 +286,28 @@ def test_eval_counts_valid_examples_only():
     assert float(totals["loss"]) == pytest.approx(float(totals_of_short["loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("part", [2, 8, 5, 16, 32])  # 5 and 32 do not divide a batch of 16
+def test_inference_in_parts_is_that_of_the_whole_batch(part):
+    model, task = Tiny(), classification.classification()
+    state, batch = init(model), make_batch(0)
+    batch["mask"] = batch["mask"].at[10:].set(False)
+    variables, zeros = (
+        state.variables("raw"),
+        {n: jnp.zeros(()) for n in ("loss", "top1", "top5", "count")},
+    )
+    assert steps.number_of_parts(16, part) == {2: 8, 8: 2, 16: 1}.get(part, 1)
+
+    def run(step, *arguments, **options):
+        options |= {"model": model, "task": task, "input_spec": SPEC}
+        return jax.jit(functools.partial(step, **options))(*arguments)
+
+    whole = run(steps.eval_step, variables, zeros, batch)
+    parts = run(steps.eval_step, variables, zeros, batch, part=part)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole, parts)
+    predicted = run(steps.predict_step, variables, batch["image"], part=part)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole[1], predicted)
+
+
 def test_normalize():
     image = jnp.array([[[[0, 51, 255]]]], jnp.uint8)
     rgb = steps.normalize(image, SPEC)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from mobilevit_jax import build, report, steps
+from mobilevit_jax import build, devices, report, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.transforms import InputSpec
@@ -143,9 +143,13 @@ def predict(
 
 def program(model: pretrained.Pretrained, *, attention: bool) -> Callable[..., Any]:
     """`steps.predict_step` of the network, or `attention_step`, jitted: (variables, image)."""
+    if attention:
+        step = attention_step
+    else:
+        step = functools.partial(steps.predict_step, part=devices.images_at_a_time())
     return jax.jit(
         functools.partial(
-            attention_step if attention else steps.predict_step,
+            step,
             model=model.model,
             task=classification.classification(),
             input_spec=model.input_spec,

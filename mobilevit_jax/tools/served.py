@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from mobilevit_jax import programs, steps
+from mobilevit_jax import devices, programs, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import Record
 from mobilevit_jax.data.transforms import InputSpec
@@ -243,8 +243,11 @@ def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs
     def classify(
         variables: Mapping[str, Tree], image: UInt8[Array, "b h w 3"]
     ) -> Float[Array, "b k"]:
-        outputs: Any = model.apply(variables, steps.normalize(image, spec), train=False)
-        return outputs["logits"].astype(jnp.float32)
+        def run(image: UInt8[Array, "b h w 3"]) -> tuple[tuple, Float[Array, "b k"]]:
+            outputs: Any = model.apply(variables, steps.normalize(image, spec), train=False)
+            return (), outputs["logits"].astype(jnp.float32)
+
+        return steps.in_parts(run, image, part=devices.images_at_a_time())[1]
 
     attend = functools.partial(
         predict.attention_step,
