@@ -251,7 +251,7 @@ class SqueezeExcite(nn.Module):
         gate = nn.relu(conv(squeezed, name="reduce")(gate))
         gate = nn.hard_sigmoid(conv(channels, name="expand")(gate))
         # Multiplied in float32: the gate's gradient is a sum over the map.
-        return (x * gate[:, None, None].astype(jnp.float32)).astype(self.dtype)
+        return (x * gate.astype(jnp.float32)[:, None, None]).astype(self.dtype)
 
 
 class SqueezeInvertedResidual(nn.Module):
