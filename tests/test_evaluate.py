@@ -40,7 +40,7 @@ def network(class_names=IDS):
 
 def score(name, root, *, net=None, weights=("raw",)):
     config = build.with_data(tiny.get_config(), name, str(root))
-    variables = {which: {"params": {"unused": np.zeros(1)}} for which in weights}
+    variables = {which: {"params": {"unused": np.zeros(1, np.float32)}} for which in weights}
     source = build.source(config, "val")
     return evaluate.score(config, net or network(), variables, source, name=name)
 
@@ -101,7 +101,7 @@ def test_corruption_errors(tmp_path):
 def test_a_set_in_the_config_has_the_same_metrics(tmp_path):
     write(tmp_path, {f"{IDS[40]}/a.jpg": 40})
     config = build.with_data(tiny.get_config(), "imagenet_r", str(tmp_path))
-    variables = {"raw": {"params": {"unused": np.zeros(1)}}}
+    variables = {"raw": {"params": {"unused": np.zeros(1, np.float32)}}}
     got = evaluate.evaluate(config, network(), variables)
     want = score("imagenet_r", tmp_path)
     assert got == {f"val/{key.partition('/')[2]}": value for key, value in want.items()}
