@@ -95,7 +95,7 @@ def _our_inference(job: Job) -> Callable[[], Any]:
 
     model = pretrained.load(job.weights("native"))
     model = model._replace(model=model.model.clone(dtype=jnp.dtype(job.dtype)))
-    program = predict.program(model, attention=False)
+    program = predict.program(model)
     image = jax.device_put(job.image())
     return lambda: program(model.variables, image)["probability"]
 

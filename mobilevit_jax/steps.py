@@ -324,11 +324,6 @@ def predict_step(
     model: nn.Module,
     task: Task,
     input_spec: InputSpec,
-    part: int | None = None,
 ) -> dict[str, Array]:
-    """The task's predictions for uint8 RGB images; `part` is that of `in_parts`."""
-
-    def run(image: UInt8[Array, "b h w 3"]) -> tuple[Tree, Tree]:
-        return (), task.predict(model.apply(variables, normalize(image, input_spec), train=False))
-
-    return in_parts(run, image, part=part)[1]
+    """The task's predictions for uint8 RGB images."""
+    return task.predict(model.apply(variables, normalize(image, input_spec), train=False))

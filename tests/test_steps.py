@@ -304,7 +304,10 @@ def test_inference_in_parts_is_that_of_the_whole_batch(part):
     whole = run(steps.eval_step, variables, zeros, batch)
     parts = run(steps.eval_step, variables, zeros, batch, part=part)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole, parts)
-    predicted = run(steps.predict_step, variables, batch["image"], part=part)
+    predict = functools.partial(steps.predict_step, model=model, task=task, input_spec=SPEC)
+    _, predicted = steps.in_parts(
+        lambda image: ((), predict(variables, image)), batch["image"], part=part
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole[1], predicted)
 
 

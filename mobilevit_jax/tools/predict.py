@@ -105,7 +105,7 @@ def predict(
             raise build.ConfigError(f"--attention: {reason}")
         _make(attention)
     pictures = _picture_names([pathlib.Path(_name(image)) for image in images])
-    step = program(model, attention=attention is not None)
+    step = program(model, steps.predict_step if attention is None else attention_step)
     # One size of batch, so that one program serves all.
     batch_size = min(BATCH, len(images))
     shown: list[np.ndarray] = []
@@ -141,20 +141,22 @@ def predict(
         report.sample_sheet(sheet, np.stack(shown), captions)
 
 
-def program(model: pretrained.Pretrained, *, attention: bool) -> Callable[..., Any]:
-    """`steps.predict_step` of the network, or `attention_step`, jitted: (variables, image)."""
-    if attention:
-        step = attention_step
-    else:
-        step = functools.partial(steps.predict_step, part=devices.images_at_a_time())
-    return jax.jit(
-        functools.partial(
-            step,
-            model=model.model,
-            task=classification.classification(),
-            input_spec=model.input_spec,
-        )
+def program(
+    model: pretrained.Pretrained, step: Callable[..., Tree] = steps.predict_step
+) -> Callable[..., Any]:
+    """`steps.predict_step` or `attention_step` of the network, jitted: (variables, image)."""
+    bound = functools.partial(
+        step,
+        model=model.model,
+        task=classification.classification(),
+        input_spec=model.input_spec,
     )
+    part = devices.images_at_a_time()
+
+    def run(variables: Tree, image: UInt8[Array, "b h w 3"]) -> Tree:
+        return steps.in_parts(lambda rows: ((), bound(variables, rows)), image, part=part)[1]
+
+    return jax.jit(run)
 
 
 def attention_step(

@@ -201,7 +201,7 @@ class Service:
             except (build.ConfigError, CheckpointError, OSError) as error:
                 raise questions.Refused(
                     409, f"{name} stays as it is: {' '.join(str(error).split())}"
-                ) from (error)
+                ) from error
             # Exchanged on this thread, so that no request is between finding and asking it.
             self.versions[name] = new
             await asyncio.to_thread(old.close)
