@@ -19,10 +19,11 @@ from mobilevit_jax.models.layers import ConvNorm, Linear
 
 
 class OneConv(nn.Module):
-    """A convolution with its norm, and the classifier."""
+    """A convolution with its norm, dropout, and the classifier."""
 
     num_classes: int
     width: float = 1.0
+    dropout: float = 0.0
     remat: tuple[str, ...] = ()
     dtype: DTypeLike = jnp.float32
 
@@ -33,6 +34,7 @@ class OneConv(nn.Module):
             int(16 * self.width), stride=2, activation=nn.relu, dtype=self.dtype, name="stem"
         )
         x = stem(image, train=train).mean(axis=(1, 2))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return {"logits": Linear(self.num_classes, dtype=self.dtype, name="head")(x)}
 
 

@@ -49,7 +49,7 @@ class Run:
         for index in range(count):
             several = [where, f"--num_processes={count}", f"--process_id={index}"]
             command = [
-                *(sys.executable, "launch.py", "train", "--config=tests/small.py", SGD),
+                *(sys.executable, "tests/quick_launch.py", "train", "--config=tests/quick.py", SGD),
                 *(f"--workdir={workdir}", f"--config.duration={STEPS} steps", *EVERY, *more),
                 *(several if count > 1 else []),
             ]
@@ -92,18 +92,15 @@ def state(workdir, step):
 
 
 def assert_same_steps(ours, theirs, steps):
-    """Equal up to the order of sums, which a deep network soon blows up: by ten steps it shows.
-
-    In the gradient, which jumps where a ReLU's input crosses zero, it shows by the third.
-    """
+    """Equal up to the order of sums."""
     first, second = (
         {row["step"]: row for row in report.read_metrics(workdir / "metrics.jsonl")}
         for workdir in (ours, theirs)
     )
     for step in steps:
         assert first[step]["images"] == second[step]["images"]
-        for name in ("train/loss", "train/grad_norm") if step == steps[0] else ("train/loss",):
-            assert first[step][name] == pytest.approx(second[step][name], rel=2e-3), (step, name)
+        for name in ("train/loss", "train/grad_norm"):
+            assert first[step][name] == pytest.approx(second[step][name], rel=1e-4), (step, name)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +119,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_equal_one(one_process, two_processes):
-    assert_same_steps(two_processes, one_process, (1, 2, 3))
+    assert_same_steps(two_processes, one_process, range(1, STEPS))
     # Pictures and tables are of all examples, each once, and in their order.
     tables = [(where / "per_class.csv").read_text() for where in (one_process, two_processes)]
     supports = [re.findall(r"^(\w+),(\d+)", table, re.MULTILINE) for table in tables]
@@ -181,7 +178,7 @@ def test_resumed_on_other_devices_and_processes(one_process, tmp_path):
     run.wait_until_saved(15)
     run.kill()
     assert "resuming after step 10" in run.said()
-    assert_same_steps(workdir, one_process, (11, 12, 13))
+    assert_same_steps(workdir, one_process, range(11, 16))
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ STEPS = 24
 def command(workdir):
     return [
         sys.executable,
-        "launch.py",
+        "tests/quick_launch.py",
         "train",
-        "--config=tests/small.py",
+        "--config=tests/quick.py",
         f"--workdir={workdir}",
         f"--config.duration={STEPS} steps",
         "--config.eval.every=8 steps",

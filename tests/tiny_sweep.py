@@ -1,15 +1,10 @@
 """A recipe for tests of sweeps: the network of quick_launch.py, in a space that keeps shapes."""
 
-from ml_collections import ConfigDict
-
-from tests import tiny
+from tests import quick
 
 
 def get_config():
-    config = tiny.get_config()
-    config.unlock()
-    config.model = ConfigDict({"name": "one_conv", "width": 1.0})
-    config.lock()
+    config = quick.get_config()
     config.duration = "4 steps"
     config.eval.every = "1 steps"
     config.checkpoint.every = "1 steps"
