@@ -132,6 +132,9 @@ class Checkpoints:
         Raises:
             CheckpointError: this or the previous save failed.
         """
+        # Who resumes from here must find the best one of the steps before.
+        with self._explained(self._best):
+            self._best.wait_until_finished()
         self._save(self._newest, step, state, meta)
 
     def save_best(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:

@@ -154,21 +154,23 @@ def train(
             compiled, evaluator, forecast = _compile(run, abstract_state, reporter)
 
         def evaluate_both() -> dict[str, float]:
-            values = {
+            return {
                 f"{scope}/{name}": value
                 for weights, scope in evaluate.SCOPES.items()
                 for name, value in evaluate.metrics(evaluator, state.variables(weights)).items()
             }
-            if run.best not in values:
-                raise build.ConfigError(
-                    f"config.checkpoint.best is {run.best!r}; there are {', '.join(values)}"
-                )
-            return values
 
-        def evaluate_and_keep_best(step: int, best: float | None) -> float | None:
+        def evaluate_and_keep_best(
+            step: int, best: float | None, *, known: dict[str, float] | None = None
+        ) -> float | None:
             with reporter.pausing("evaluate"):
-                values = evaluate_both()
-                reporter.evaluation(step, values)
+                values = known or evaluate_both()
+                if run.best not in values:
+                    raise build.ConfigError(
+                        f"config.checkpoint.best is {run.best!r}; there are {', '.join(values)}"
+                    )
+                if not known:
+                    reporter.evaluation(step, values)
                 # Fresh weights are not worth a checkpoint.
                 if step and (best is None or values[run.best] > best):
                     best = values[run.best]
@@ -177,11 +179,11 @@ def train(
             return best
 
         stack.enter_context(jax.transfer_guard("disallow"))
-        # 7 Evaluate at step 0, and where the run ended between a save and its evaluation.
-        if (
-            start == 0 or schedule.due(start, every=run.eval_every, total=run.total_steps)
-        ) and not processes.by_lead(lambda: workdirs.evaluated(workdir, start)):
-            best = evaluate_and_keep_best(start, best)
+        # 7 Evaluate at step 0, and where the run ended after a save and before its evaluation, or
+        # before the best one's save.
+        if start == 0 or schedule.due(start, every=run.eval_every, total=run.total_steps):
+            known = processes.by_lead(lambda: workdirs.evaluation(workdir, start))
+            best = evaluate_and_keep_best(start, best, known=known)
 
         # 8 Step, log, save, evaluate.
         batches = stack.enter_context(
@@ -262,7 +264,7 @@ def train(
                     f"(predicted {forecast.bytes / 2**20:,.0f})"
                 )
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
-        return processes.by_lead(lambda: workdirs.last_evaluation(workdir))
+        return processes.by_lead(lambda: workdirs.evaluation(workdir)) or {}
 
 
 def _warm_start(

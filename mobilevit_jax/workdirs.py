@@ -47,17 +47,15 @@ def make(workdir: pathlib.Path) -> None:
         raise build.ConfigError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
 
 
-def evaluated(workdir: pathlib.Path, step: int) -> bool:
-    """Whether an evaluation after `step` steps is on record."""
-    rows = report.read_metrics(workdir / "metrics.jsonl")
-    return any(row["step"] == step and "val/loss" in row for row in rows)
+def evaluation(workdir: pathlib.Path, step: int | None = None) -> dict[str, float] | None:
+    """Metrics on record of the evaluation after `step` steps, such as {"val_ema/top1": 0.78}.
 
-
-def last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
-    """Metrics of the newest evaluation on record, such as {"val_ema/top1": 0.78}."""
-    rows = report.read_metrics(workdir / "metrics.jsonl")
-    last = next(row for row in reversed(rows) if "val/loss" in row)
-    return {name: value for name, value in last.items() if name.startswith("val")}
+    Those of the newest one for no step, and None where there is none.
+    """
+    for row in reversed(report.read_metrics(workdir / "metrics.jsonl")):
+        if "val/loss" in row and step in (None, row["step"]):
+            return {name: value for name, value in row.items() if name.startswith("val")}
+    return None
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -130,6 +130,29 @@ def test_a_finished_run_is_not_trained_again(copied, capsys):
     assert [row["step"] for row in rows(copied) if "val/loss" in row] == [0, 4, 8]
 
 
+def test_a_best_that_was_evaluated_and_not_saved_is_saved_after_all(copied):
+    """As where a run was killed between the two."""
+    expected, length = last_evaluation(copied), len(rows(copied))
+    shutil.rmtree(copied / "best")
+    assert launch.main(["train", CONFIG, f"--workdir={copied}"]) == 0
+    best = checkpoint.read(copied, "best")
+    assert (best.step, best.meta["metrics"]) == (STEPS, expected)
+    np.testing.assert_equal(best.state, checkpoint.read(copied).state)
+    assert len(rows(copied)) == length
+
+
+def test_a_later_step_is_on_disk_only_after_the_best_of_those_before(tmp_path):
+    large, small = (
+        steps.TrainState(*({"x": np.arange(size, dtype=np.float32)} for _ in range(5)))
+        for size in (2**24, 1)
+    )
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, note=print)
+    checkpoints.save_best(1, large, {"best": 0.5})
+    checkpoints.save(2, small, {})
+    assert checkpoint.complete_steps(tmp_path / "best") == [1]
+    checkpoints.close()
+
+
 def test_memory_and_mfu_are_logged_where_the_device_is_known(copied, capsys, monkeypatch):
     shutil.rmtree(copied / "checkpoints" / "8")
     monkeypatch.setattr(devices, "memory", lambda: devices.Memory(peak=2**30, limit=2**20))
