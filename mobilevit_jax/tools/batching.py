@@ -1,9 +1,9 @@
 """Dynamic batching: requests that arrive one by one are computed in batches of a few fixed sizes.
 
 Each request brings a function that makes its image; a pool of threads calls it. A few threads
-compute what is ready. They wait for more only while more is on its way, and not longer than
-`max_delay`. The number of requests inside is bounded: one more is `Overloaded`, at once, and costs
-nothing.
+compute what is ready. They wait for more only while more is on its way that would make the batch
+larger, and not longer than `max_delay`. The number of requests inside is bounded: one more is
+`Overloaded`, at once, and costs nothing.
 
 Before editing: futures may be cancelled at any moment (a client that hangs up), and their callbacks
 run in whatever thread does it. The lock is reentrant for that reason.
@@ -67,8 +67,9 @@ class _Ready(NamedTuple):
 def plan(seconds: Mapping[int, float]) -> list[int]:
     """For 0, 1, 2, … waiting images, the size of the batch to begin with.
 
-    All of them are to be done soonest: where a batch costs in proportion to its size (CPUs) 5
-    become 4 and 1, where a larger one costs little more (accelerators) they are padded to 8.
+    They are to wait as little as can be, all taken together: where a batch costs in proportion to
+    its size (CPUs) they are computed one by one, where a larger one costs little more
+    (accelerators) 5 of them are padded to 8.
 
     Args:
         seconds: what a batch takes, by its size; 1 must be among the sizes.
@@ -76,7 +77,7 @@ def plan(seconds: Mapping[int, float]) -> list[int]:
     sizes = sorted(seconds, reverse=True)  # of equally good ones the larger: it answers more
     total, first = [0.0], [0]
     for waiting in range(1, sizes[0] + 1):
-        costs = {size: seconds[size] + total[max(waiting - size, 0)] for size in sizes}
+        costs = {size: waiting * seconds[size] + total[max(waiting - size, 0)] for size in sizes}
         first.append(min(costs, key=lambda size: costs[size]))
         total.append(costs[first[-1]])
     return first
@@ -196,7 +197,8 @@ class Batcher:
         """Seconds to wait for more images; None for as long as it takes, where there is none."""
         if not self._ready:
             return None
-        if not self._decoding or len(self._ready) >= len(self._plan) - 1:
+        now, *with_more = self._plan[min(len(self._ready), len(self._plan) - 1) :]
+        if not self._decoding or max(with_more, default=0) <= now:
             return 0.0
         return self._ready[0].since + self._max_delay - time.monotonic()
 

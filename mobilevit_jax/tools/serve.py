@@ -10,8 +10,6 @@ import logging
 import os
 import signal
 import socket
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,6 @@ from mobilevit_jax.tools import served, service
 HEAD_SECONDS = 10.0  # for the lines before a body
 CONNECTIONS = 1000
 SHUTDOWN_SECONDS = 30
-DECODING_NICE = 10  # what threads that decode leave to those that compute
 
 
 class _Protocol(H11Protocol):
@@ -159,9 +156,7 @@ def serve(
     if token is not None and (not token or not token.isascii() or token != token.strip()):
         raise build.ConfigError("the token must be of ASCII characters, without spaces around it")
     sizes = sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})
-    decoders = ThreadPoolExecutor(
-        _cores(), thread_name_prefix="decode", initializer=_yield_to_computing
-    )
+    decoders = ThreadPoolExecutor(_cores(), thread_name_prefix="decode")
     how = {
         "weights": weights,
         "checkpoint": checkpoint,
@@ -187,15 +182,6 @@ def serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         run(app, listening)
-
-
-def _yield_to_computing() -> None:
-    """Lets a thread that decodes take what those leave that compute.
-
-    A batch is computed by all cores together, and waits for the one that is interrupted.
-    """
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DECODING_NICE)
 
 
 def _cores() -> int:

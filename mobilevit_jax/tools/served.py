@@ -29,7 +29,7 @@ from mobilevit_jax.tools import batching, files, predict, pretrained
 from mobilevit_jax.tree import Tree
 
 AT_ONCE = 2  # batches: one alone leaves a part of the cores idle, and an accelerator its host
-TIMED = 3  # runs of a program, of which the fastest one counts
+TIMED = 5  # runs of a program, of which the fastest one counts
 
 
 class Programs(NamedTuple):
@@ -259,10 +259,9 @@ def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs
     if predict.no_attention(model) is None:
         jobs.append(functools.partial(_compile_one, attend, network, 1))
     compiled = dict(programs.compile_all(jobs, threads=len(jobs)))
-    seconds = [
-        _seconds(compiled[i], network, size)
-        for i, size in enumerate((*sizes, *(1 for _ in jobs[len(sizes) :])))
-    ]
+    seconds = _seconds(
+        network, [(compiled[i], size) for i, size in enumerate((*sizes, 1)) if i in compiled]
+    )
     # Others only ever add to a time: what a larger batch takes, a smaller one takes at most.
     for i in range(len(sizes) - 2, -1, -1):
         seconds[i] = min(seconds[i], seconds[i + 1])
@@ -283,11 +282,15 @@ def _compile_one(
     return jax.jit(step).lower(network.variables, images).compile()
 
 
-def _seconds(program: Callable[..., Any], network: pretrained.Pretrained, size: int) -> float:
-    """What a program takes when it is warm."""
-    images, times = np.zeros((size, *network.input_spec.size, 3), np.uint8), []
-    for _ in range(1 + TIMED):
-        begin = time.monotonic()
-        jax.block_until_ready(program(network.variables, images))
-        times.append(time.monotonic() - begin)
-    return min(times[1:])
+def _seconds(
+    network: pretrained.Pretrained, sized: list[tuple[Callable[..., Any], int]]
+) -> list[float]:
+    """What programs take when they are warm, each for batches of its size."""
+    times: list[list[float]] = [[] for _ in sized]
+    for _ in range(1 + TIMED):  # by turns: they are to be compared
+        for (program, size), spent in zip(sized, times, strict=True):
+            images = np.zeros((size, *network.input_spec.size, 3), np.uint8)
+            begin = time.monotonic()
+            jax.block_until_ready(program(network.variables, images))
+            spent.append(time.monotonic() - begin)
+    return [min(spent[1:]) for spent in times]

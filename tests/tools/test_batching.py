@@ -9,6 +9,7 @@ import pytest
 from mobilevit_jax.tools import batching
 
 LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
+GROWING = {1: 1.0, 2: 1.2, 4: 1.7}
 FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}
 FOREVER = 60.0  # seconds, in a test that would hang
 
@@ -48,7 +49,13 @@ def made(compute):
     decoders, batchers = ThreadPoolExecutor(4), []
 
     def make(**options):
-        options = {"seconds": LINEAR, "max_delay": 0.0, "max_waiting": 100, "at_once": 1, **options}
+        options = {
+            "seconds": GROWING,
+            "max_delay": 0.0,
+            "max_waiting": 100,
+            "at_once": 1,
+            **options,
+        }
         batchers.append(batching.Batcher(compute, size=(2, 1), decoders=decoders, **options))
         return batchers[-1]
 
@@ -79,16 +86,27 @@ def wait_for(batcher, count):
 
 
 def test_plan():
-    assert batching.plan(LINEAR) == [0, 1, 2, 2, 4]  # 3 are 2 and 1
+    assert batching.plan(LINEAR) == [0, 1, 1, 1, 1]
+    assert batching.plan(GROWING) == [0, 1, 2, 2, 4]  # 3 are 2 and 1
     assert batching.plan(FLAT) == [0, 8, 8, 8, 8, 8, 8, 8, 8]
-    # 8 costs as much as 6 single ones: 5 images are 4 and 1, 7 are padded.
-    assert batching.plan({1: 1.0, 4: 4.0, 8: 6.0}) == [0, 1, 1, 1, 4, 4, 8, 8, 8]
+    # 4 cost as much as 2 single ones: 2 images are computed alone, 3 are padded, 5 are 4 and 1.
+    assert batching.plan({1: 1.0, 4: 2.0}) == [0, 1, 1, 4, 4]
+    assert batching.plan({1: 1.0, 4: 2.0, 8: 6.0})[5:7] == [4, 4]
 
 
 def test_one_image_does_not_wait_for_others_that_do_not_come(made, compute):
     batcher = made(max_delay=FOREVER)
     assert batcher.submit(fill(7)).result(FOREVER / 2).tolist() == [7 * 6]
     assert sizes(compute) == [1]
+
+
+def test_an_image_does_not_wait_where_a_batch_saves_nothing(made, compute):
+    batcher, gate = made(max_delay=FOREVER, seconds=LINEAR), threading.Event()
+    slow = batcher.submit(lambda image: gate.wait(FOREVER))
+    assert batcher.submit(fill(7)).result(FOREVER / 2).tolist() == [7 * 6]
+    gate.set()
+    slow.result(FOREVER)
+    assert sizes(compute) == [1, 1]
 
 
 def test_an_image_waits_for_one_that_is_being_decoded(made, compute):
