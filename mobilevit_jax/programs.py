@@ -1,7 +1,9 @@
 """Compiling ahead of time: several programs at once, with progress, and what each will cost."""
 
 import concurrent.futures
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -102,3 +104,14 @@ def compile_all(jobs: Sequence[Callable[[], T]], *, threads: int) -> Iterator[tu
                 yield futures[future], future.result()
         finally:  # of one that failed, or of a Ctrl-C: what has not begun never does
             pool.shutdown(wait=False, cancel_futures=True)
+    _trim()
+
+
+def _trim() -> None:
+    """Gives the memory back to the system that compiling has left behind, where the libc is glibc.
+
+    It would keep it: of the six programs of a server, 750 MiB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

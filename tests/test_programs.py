@@ -1,5 +1,9 @@
 """Costs of programs against arithmetic by hand, and compiling several of them."""
 
+import ctypes
+import os
+import pathlib
+import sys
 import time
 
 import jax
@@ -101,3 +105,27 @@ def test_after_one_that_fails_no_other_begins():
     with pytest.raises(ValueError, match="no such program"):
         list(programs.compile_all(jobs, threads=1))
     assert begun in ([0, 1], [0, 1, 2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps it, and can be told not to")
+def test_memory_that_a_job_has_freed_goes_back_to_the_system():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("the C library is not glibc")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+    def resident():
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def job():
+        blocks = [libc.malloc(100_000) for _ in range(2000)]
+        for block in blocks:
+            ctypes.memset(block, 1, 100_000)
+        used = resident()
+        for block in blocks[:-1]:  # the last one stays, so that glibc cannot shorten its heap
+            libc.free(block)
+        return used
+
+    ((_, used),) = programs.compile_all([job], threads=1)
+    assert resident() < used - 150e6
