@@ -49,7 +49,13 @@ def is_remote(path: str) -> bool:
 
 
 def directory(root: str) -> str:
-    """A directory or URL that a user gave, as names are appended to it."""
+    """A directory or URL that a user gave, as names are appended to it.
+
+    Raises:
+      DataError: none was given. It would be the current one, of which nobody thinks.
+    """
+    if not root:
+        raise DataError("no directory of images is given; name one, as by --config.data.root=DIR")
     return root.rstrip("/") if is_remote(root) else str(Path(root).expanduser())
 
 

@@ -253,6 +253,12 @@ def test_folder_names_of_the_held_out_split(there: list[str], used: str, tmp_pat
     assert names_of(val) == [f"{tmp_path}/{used}/a/1.png", f"{tmp_path}/{used}/b/1.png"]
 
 
+def test_no_folder_is_not_the_current_one():
+    with pytest.raises(DataError) as error:
+        sources.folder("train", root="")
+    assert "no directory of images is given; name one, as by --config.data.root=DIR" in says(error)
+
+
 @pytest.mark.parametrize("extra", ["", "train"])
 def test_folder_divided(extra: str, tmp_path: Path):
     base = tmp_path / extra
