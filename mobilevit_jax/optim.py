@@ -101,7 +101,7 @@ def loss_scaled(tx: Optimizer) -> Optimizer:
 
     Whoever computes gradients multiplies the loss by the state's scale, divides the gradients by it
     (they come here as they are of the loss), and where one of them is not finite takes no update
-    but `after_overflow`. Source: mixed precision training (arXiv 1710.03740), section 3.2.
+    but `skipped`. Source: mixed precision training (arXiv 1710.03740), section 3.2.
     """
 
     def init(params: tree.Tree) -> LossScaleState:
@@ -126,11 +126,28 @@ def loss_scaled(tx: Optimizer) -> Optimizer:
     return optax.GradientTransformation(init, update)
 
 
-def after_overflow(state: LossScaleState) -> LossScaleState:
-    """The state after a step whose loss or gradient was not finite: half the scale, else as is."""
-    return state._replace(
-        scale=jnp.maximum(state.scale / 2.0, SMALLEST_LOSS_SCALE),
-        good_steps=jnp.zeros_like(state.good_steps),
+def skipped(before: tree.Tree, after: tree.Tree) -> tree.Tree:
+    """The state of an optimiser whose step is not taken: as before, but for what counts all steps.
+
+    The learning rate goes on along its curve, as that of a scheduler beside PyTorch's GradScaler
+    does, and a scale of the loss is halved.
+
+    Args:
+        before: the state before the step.
+        after: the state that the step would have left.
+    """
+    if isinstance(before, LossScaleState):
+        return LossScaleState(
+            inner=skipped(before.inner, after.inner),
+            scale=jnp.maximum(before.scale / 2.0, SMALLEST_LOSS_SCALE),
+            good_steps=jnp.zeros_like(before.good_steps),
+        )
+    counts = (optax.ScaleByScheduleState,)
+    return jax.tree.map(
+        lambda old, new: new if isinstance(new, counts) else old,
+        before,
+        after,
+        is_leaf=lambda node: isinstance(node, counts),
     )
 
 

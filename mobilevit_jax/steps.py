@@ -167,7 +167,7 @@ def train_step(
         batch_norm_momentum: by step, what a batch counts for in the running statistics; None for
             what the network does by itself.
         skip_non_finite: where the loss or the gradient is no number, all but the number of the step
-            stays as it was; the optimiser does not see such a step.
+            and the learning rate stays as it was; the optimiser does not see such a step.
         gather: brings parameters that are divided among devices together for the network (left to
             itself, the compiler also divides activations and statistics); None where none is.
 
@@ -256,7 +256,7 @@ def train_step(
         before = dataclasses.replace(
             state,
             step=new_state.step,
-            opt_state=optim.after_overflow(state.opt_state) if scaled else state.opt_state,
+            opt_state=optim.skipped(state.opt_state, opt_state),
         )
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, before)
     return new_state, metrics
