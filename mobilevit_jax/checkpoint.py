@@ -168,9 +168,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and gives back the threads."""
-        self.wait()
-        self._newest.close()
-        self._best.close()
+        try:
+            self.wait()
+        finally:
+            self._newest.close()
+            self._best.close()
 
     def restore(self, abstract_state: Tree) -> Restored | None:
         """The newest readable state, or None where there is none.
@@ -235,7 +237,8 @@ class Checkpoints:
             return None
         where = self._workdir / BEST / str(steps[-1])
         try:
-            return float(_read_meta(where)["best"])
+            # All of it: one that only looked whole would be kept until there is a better one.
+            return float(_read_step(where.parent, steps[-1]).meta["best"])
         except Exception as error:
             self._set_aside(where, error)
             return None

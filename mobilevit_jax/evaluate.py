@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -129,8 +129,23 @@ def _batches(evaluator: Evaluator) -> pipeline.Batches:
     )
 
 
-def metrics(evaluator: Evaluator, variables: Tree) -> dict[str, float]:
-    """Metrics of the split for these variables."""
+class Halted(Exception):
+    """An evaluation was told to end before it was done."""
+
+
+def metrics(
+    evaluator: Evaluator, variables: Tree, *, halted: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Metrics of the split for these variables.
+
+    Args:
+        evaluator: what to run, over what.
+        variables: of the network.
+        halted: asked between batches whether to give up.
+
+    Raises:
+        Halted: it was.
+    """
     totals = evaluator.totals
     variables = _whole(evaluator, variables)
     with _batches(evaluator) as batches:
@@ -141,6 +156,8 @@ def metrics(evaluator: Evaluator, variables: Tree) -> dict[str, float]:
             # Without waiting, the host would put the whole split on the device ahead of the work.
             jax.block_until_ready(totals)
             batches.recycle(batch)
+            if halted():
+                raise Halted
     return evaluator.network.task.summarize(jax.device_get(totals))
 
 

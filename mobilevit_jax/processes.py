@@ -190,6 +190,10 @@ class Interrupt:
             self._name = signal.SIGTERM.name
         return self._name
 
+    def here(self) -> str | None:
+        """The signal that a run of one process was asked by; several have to agree, see `asked`."""
+        return None if self._together else self._name
+
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

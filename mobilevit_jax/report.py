@@ -131,7 +131,7 @@ class Report:
         """
         numbers = {name: float(value) for name, value in values.items()}
         row = {"step": step, "images": self._images(step), "time": round(self.elapsed, 3)}
-        self._file.write(_encode(row | numbers))
+        self._file.write(_encode(row | numbers | row))  # what `log` gives of these, too
         self._file.flush()
         for writer in self._writers:
             writer.scalars(step, numbers)
@@ -188,7 +188,8 @@ class Report:
         """Records `values` and the speed since the last `log`; call it when they are on the host.
 
         Adds time/img_per_s and time/wait_share, a fraction, which both leave pauses out, and
-        time/goodput, the share of this start so far that went into steps. train/loss and
+        time/goodput, the share of this start so far that went into steps; what the rest went into,
+        in seconds, is time/compile_s, wait_s, evaluate_s and save_s. train/loss and
         train/learning_rate go on the progress line.
 
         Args:
@@ -206,6 +207,8 @@ class Report:
             "time/img_per_s": speed,
             "time/wait_share": share,
             "time/goodput": self.goodput()[0],
+            **{f"time/{name}_s": seconds for name, seconds in self._spent.items()},
+            "images": self._images(step),  # for the writers, where sizes differ by step
         }
         if ideal is not None:
             times["time/mfu"] = ideal / seconds

@@ -11,7 +11,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -104,6 +104,7 @@ def train(
     # compiled.
     run = build.experiment(config, dry_run=dry_run)
     network, mesh = run.network, run.mesh
+    _check_best(run)
     processes.by_lead(lambda: workdirs.make(workdir))
 
     # 4 Abstract state and shardings; arrays are born sharded.
@@ -154,26 +155,42 @@ def train(
             compiled, evaluator, forecast = _compile(run, abstract_state, reporter)
 
         def evaluate_both() -> dict[str, float]:
-            return {
-                f"{scope}/{name}": value
-                for weights, scope in evaluate.SCOPES.items()
-                for name, value in evaluate.metrics(evaluator, state.variables(weights)).items()
-            }
+            values = {}
+            for weights, scope in evaluate.SCOPES.items():
+                each = evaluate.metrics(
+                    evaluator,
+                    state.variables(weights),
+                    halted=lambda: interrupt.here() is not None,
+                )
+                values |= {f"{scope}/{name}": value for name, value in each.items()}
+            return values
+
+        def save(step: int) -> None:
+            with reporter.pausing("save"):
+                checkpoints.save(step, state, {"elapsed": reporter.elapsed})
+
+        def leave(step: int, stop: str | None) -> NoReturn:
+            checkpoints.wait()
+            raise SavedAndStopped(
+                f"{stop}: saved step {step} of {run.total_steps} in {workdir}; "
+                "run the same command again to go on"
+            )
 
         def evaluate_and_keep_best(
             step: int, best: float | None, *, known: dict[str, float] | None = None
         ) -> float | None:
             with reporter.pausing("evaluate"):
-                values = known or evaluate_both()
-                if run.best not in values:
-                    raise build.ConfigError(
-                        f"config.checkpoint.best is {run.best!r}; there are {', '.join(values)}"
-                    )
+                try:
+                    values = known or evaluate_both()
+                except evaluate.Halted:  # it may take longer than there is time to leave
+                    save(step)
+                    leave(step, interrupt.here())
                 if not known:
                     reporter.evaluation(step, values)
-                # Fresh weights are not worth a checkpoint.
-                if step and (best is None or values[run.best] > best):
-                    best = values[run.best]
+                value = values[run.best]
+                # Fresh weights are not worth a checkpoint; than a NaN, nothing would be better.
+                if step and math.isfinite(value) and (best is None or value > best):
+                    best = value
                     meta = {"elapsed": reporter.elapsed, "best": best, "metrics": values}
                     checkpoints.save_best(step, state, meta)
             return best
@@ -239,16 +256,11 @@ def train(
                 reporter.log(step, values | broken | used, ideal=forecast.seconds(flops))
                 flops = 0.0
             if save_due:
-                with reporter.pausing("save"):
-                    checkpoints.save(step, state, {"elapsed": reporter.elapsed})
+                save(step)
             if eval_due and not stop:
                 best = evaluate_and_keep_best(step, best)
             if stop:
-                checkpoints.wait()
-                raise SavedAndStopped(
-                    f"{stop}: saved step {step} of {run.total_steps} in {workdir}; "
-                    "run the same command again to go on"
-                )
+                leave(step, stop)
 
         # 9 Wait for the saves, then draw.
         checkpoints.wait()
@@ -265,6 +277,15 @@ def train(
                 )
         reporter.note(f"done: {run.total_steps} steps, {reporter.elapsed:.0f} s; see {workdir}")
         return processes.by_lead(lambda: workdirs.evaluation(workdir)) or {}
+
+
+def _check_best(run: build.Experiment) -> None:
+    names = [name for name in evaluate.metric_names(run.network) if not name.endswith("/loss")]
+    if run.best not in names:
+        raise build.ConfigError(
+            f"config.checkpoint.best is {run.best!r}; the highest is the best, of one of "
+            f"{', '.join(names)}"
+        )
 
 
 def _warm_start(

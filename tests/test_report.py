@@ -94,9 +94,12 @@ def test_speed_share_and_eta_leave_out_or_average_in_the_pauses(tmp_path):
         "time/img_per_s": 32.0,
         "time/wait_share": 0.25,
         "time/goodput": pytest.approx(7.5 / 70),  # 60 s of compiling and 2.5 of waiting are not
+        "time/compile_s": 60.0,
+        "time/wait_s": 2.5,
     }
     assert (second["time"], second["time/img_per_s"], second["time/wait_share"]) == (600, 16, 0.25)
     assert second["time/goodput"] == pytest.approx(0.225)
+    assert (second["time/evaluate_s"], second["time/wait_s"]) == (10.0, 7.5)
     assert run.goodput()[1] == "goodput 22% of 100.0 s; compile 60.0 s, wait 7.5 s, evaluate 10.0 s"
     # Since the loop began 10 steps took 10 s: 90 s for 90; then 20 steps 40 s, pauses included.
     assert printed(console).splitlines() == [
@@ -268,6 +271,7 @@ def test_tensorboard_gets_every_scalar_and_hides_what_is_taken_again(tmp_path):
     arguments = {"writers": ["tensorboard"], "config": {"optimizer.lr": 0.5}}
     with make(tmp_path, Clock(), start_step=7, **arguments) as run:
         run.scalars(8, {"train/loss": 0.5, "val/top1": math.nan})
+        run.log(10, {})
     (path,) = (tmp_path / "tensorboard").iterdir()
     found = list(events(path))
     config, *values = [(e.step, v) for e in found for v in e.summary.value]
@@ -276,6 +280,7 @@ def test_tensorboard_gets_every_scalar_and_hides_what_is_taken_again(tmp_path):
     assert values[0] == (8, "train/loss", 0.5)
     assert values[1][:2] == (8, "val/top1")
     assert math.isnan(values[1][2])
+    assert (10, "images", 320.0) in values
     assert any(event.session_log.status == 1 and event.step == 8 for event in found)  # START
 
 

@@ -23,5 +23,6 @@ python=${PYTHON:-.venv/bin/python}
 # The password goes as an environment variable of the workload, not on a command line in it.
 xpk workload create --workload="sweep-$study" --cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT" \
     --tpu-type="$TPU" --num-slices="$WORKERS" --docker-image="$IMAGE" --max-restarts=10 \
+    --termination-grace-period-seconds=300 \
     --env="OPTUNA_STORAGE=$OPTUNA_STORAGE" \
-    --command="python launch.py sweep --worker --study=$study --workdir=$workdir --workers=1"
+    --command="exec python launch.py sweep --worker --study=$study --workdir=$workdir --workers=1"
