@@ -14,3 +14,4 @@ for size in 20 28 36; do
         echo "$run at $size: $(python launch.py eval "$OUT/$run" --json --config.input.size="($size,$size)" --config.input.resize=$size)"
     done
 done | tee "$OUT/evaluations.txt"
+python "$(dirname "$0")/draw.py" "$OUT"
