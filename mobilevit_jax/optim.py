@@ -142,12 +142,12 @@ def skipped(before: tree.Tree, after: tree.Tree) -> tree.Tree:
             scale=jnp.maximum(before.scale / 2.0, SMALLEST_LOSS_SCALE),
             good_steps=jnp.zeros_like(before.good_steps),
         )
-    counts = (optax.ScaleByScheduleState,)
+
+    def counts_steps(node: tree.Tree) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
     return jax.tree.map(
-        lambda old, new: new if isinstance(new, counts) else old,
-        before,
-        after,
-        is_leaf=lambda node: isinstance(node, counts),
+        lambda old, new: new if counts_steps(new) else old, before, after, is_leaf=counts_steps
     )
 
 

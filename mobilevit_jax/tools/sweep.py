@@ -138,16 +138,7 @@ def run(
         ConfigError: no trial came to its end.
     """
     console = Console()
-    others = (
-        Ray(
-            study,
-            len(slots),
-            launcher=launcher,
-            cpus=max(len(slots[0].cores), 1),
-        )
-        if ray
-        else None
-    )
+    others = Ray(study, slots, launcher=launcher) if ray else None
     mine = worker.Worker(
         study,
         workdir,
@@ -275,21 +266,17 @@ class Ray:
 
     Args:
         study: whose storage all machines of the cluster can reach.
-        workers: how many tasks.
+        slots: of this machine, as many as there are to be tasks. Each is to find as many cores
+            free as the first has; on a cluster of this machine alone it is bound to its own, which
+            Ray does not do. Where the cluster has GPUs it gets one of them.
         launcher: path of launch.py, the same on all machines.
-        cpus: that a task is to find free; where the cluster has GPUs it gets one of them.
 
     Raises:
         ConfigError: the cluster cannot be reached.
     """
 
     def __init__(
-        self,
-        study: studies.Study,
-        workers: int,
-        *,
-        launcher: pathlib.Path,
-        cpus: int,
+        self, study: studies.Study, slots: Sequence[worker.Slot], *, launcher: pathlib.Path
     ) -> None:
         import ray  # pyrefly: ignore[missing-import]
 
@@ -301,11 +288,11 @@ class Ray:
             except (ConnectionError, ValueError) as error:
                 raise build.ConfigError(f"--executor=ray: {error}") from error
         gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
+        cpus = max(len(slots[0].cores), 1)
         task = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=0)(_work)
-        self._tasks = [
-            task.remote(study.url, study.name, str(launcher), str(pathlib.Path.cwd()))
-            for _ in range(workers)
-        ]
+        alone = len(ray.nodes()) == 1
+        where = (study.url, study.name, str(launcher), str(pathlib.Path.cwd()))
+        self._tasks = [task.remote(*where, slot.cores if alone else ()) for slot in slots]
 
     def working(self) -> bool:
         """Whether any of the tasks is still there."""
@@ -319,11 +306,12 @@ class Ray:
         self._ray.wait(self._tasks, num_returns=len(self._tasks))
 
 
-def _work(url: str, name: str, launcher: str, directory: str) -> int:
+def _work(url: str, name: str, launcher: str, directory: str, cores: tuple[int, ...]) -> int:
     """A worker process on a machine of the cluster; its exit status."""
     command = [sys.executable, launcher, "sweep", "--worker", f"--study={name}", "--workers=1"]
     environment: dict[str, Any] = {**os.environ, "OPTUNA_STORAGE": url}
-    process = subprocess.Popen(command, env=environment, cwd=directory)
+    with worker.bound_to(cores):
+        process = subprocess.Popen(command, env=environment, cwd=directory)
     try:
         return process.wait()
     finally:  # ray.cancel raises KeyboardInterrupt here

@@ -372,7 +372,7 @@ class Worker:
         bind = [sys.executable, "-c", DIE_WITH_PARENT] if linux else [sys.executable]
         mode = "wb" if job.measuring else "ab"
         cores = job.slot.cores[:1] if job.measuring else job.slot.cores
-        with output.open(mode) as file, _bound_to(cores):
+        with output.open(mode) as file, bound_to(cores):
             return subprocess.Popen(
                 [*bind, str(self._launcher), *arguments],
                 stdin=subprocess.DEVNULL,
@@ -385,7 +385,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _bound_to(cores: tuple[int, ...]) -> Iterator[None]:
+def bound_to(cores: tuple[int, ...]) -> Iterator[None]:
     """What is started inside inherits these cores; jax and our loader count what they may use."""
     if not cores:
         yield
