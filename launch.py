@@ -233,10 +233,10 @@ def _add_sweep(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     sweep.add_argument("--trials", type=_positive, metavar="N", help="how many (20)")
     sweep.add_argument(
         "--objective",
-        default="val_ema/top1",
+        action="append",
         metavar="NAMES",
         help="what is to be large, with a minus small: any metric of an evaluation, params, macs, "
-        "latency; several with commas (val_ema/top1)",
+        "latency; several with commas or one by one (val_ema/top1)",
     )
     sweep.add_argument("--sampler", default="tpe", help="tpe (default), random, grid, cmaes, nsga2")
     sweep.add_argument("--pruner", help="asha (default), hyperband, median, none")
@@ -671,7 +671,9 @@ def _sweep(
             texts=space_texts,
             recipe=None if space_texts else pathlib.Path(file),
             trials=args.trials,
-            objectives=[name.strip() for name in args.objective.split(",")],
+            objectives=[
+                name.strip() for name in ",".join(args.objective or ["val_ema/top1"]).split(",")
+            ],
             sampler=args.sampler,
             pruner=args.pruner,
             seed=args.seed,

@@ -375,6 +375,8 @@ def _slices(path: pathlib.Path, study: studies.Study, trials: Sequence[FrozenTri
                 axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
             elif getattr(distribution, "log", False):
                 axes.set_xscale("log")
+                # Within a decade matplotlib labels the ticks between as well, which then overlap.
+                axes.tick_params(axis="x", which="both", labelrotation=45, labelsize=7)
             for state, marker in ((TrialState.PRUNED, "x"), (TrialState.COMPLETE, "o")):
                 points = [
                     (trial.params[name], value, trial.number)

@@ -205,6 +205,7 @@ def test_no_trial_comes_to_its_end(tmp_path):
         (["--objective=val_ema/top2"], "no evaluation logs 'val_ema/top2'; there are val/loss, "),
         (["--objective=val_ema/loss"], "write --objective=-val_ema/loss"),
         (["--objective=val/top1,params"], "write --objective=-params"),
+        (["--objective=params", "--objective=val/top1"], "write --objective=-params"),
         (["--objective=val/top1,-params", "--pruner=median"], "there is only --pruner=none"),
         (["--sampler=bayes"], "--sampler=bayes is unknown; there are tpe, random, grid"),
         (["--pruner=hard"], "--pruner=hard is unknown; there are asha, hyperband, median, none"),
