@@ -760,10 +760,10 @@ def _evaluate(
     from mobilevit_jax import build, evaluate
     from mobilevit_jax.tools import pretrained
 
-    workdir = pathlib.Path(reference)
-    if pretrained.is_run(workdir):
+    if found := pretrained.find_run(pathlib.Path(reference), args.checkpoint):
+        workdir, which = found
         config = _load_config(config_arguments, workdir)
-        run = pretrained.load_run(workdir, config=config, which=args.checkpoint)
+        run = pretrained.load_run(workdir, config=config, which=which)
         network, weights, about = run.network, run.weights, {"step": run.step}
     else:
         loaded = pretrained.read(reference, checkpoint=args.checkpoint).pretrained

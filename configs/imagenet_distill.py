@@ -60,6 +60,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "replicas": 4,
             "round_to": 1,
             "at_least_base": False,
+            # Set it to the devices where they cannot share a batch (the error says so).
+            "divisible_by": 1,
         }
     )
     # Root: where `launch.py prepare imagenet` put the images.

@@ -61,6 +61,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "replicas": gpus,
             "round_to": gpus,
             "at_least_base": False,
+            # Set it to the devices where they cannot share a batch (the error says so).
+            "divisible_by": 1,
         }
     )
     # Root: where `launch.py prepare imagenet` put the images.

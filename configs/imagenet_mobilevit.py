@@ -64,6 +64,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "replicas": 8,
             "round_to": 1 if head else 8,
             "at_least_base": not head,
+            # Set it to the devices where they cannot share a batch (the error says so).
+            "divisible_by": 1,
         }
     )
     # Root: where `launch.py prepare imagenet` put the images.

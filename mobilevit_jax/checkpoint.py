@@ -166,10 +166,18 @@ class Checkpoints:
             with self._explained(manager):
                 manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits and gives back the threads."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Waits and gives back the threads; a failed save takes no other error's place."""
         try:
             self.wait()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            if not isinstance(error, CheckpointError):
+                self._note(str(failed))
         finally:
             self._newest.close()
             self._best.close()
@@ -320,9 +328,13 @@ def read(workdir: pathlib.Path, which: str = "newest") -> Restored:
     reasons = []
     for step in candidates:
         try:
-            return _read_step(directory, step)
+            restored = _read_step(directory, step)
         except Exception as error:  # whatever Orbax and its file formats raise on bad bytes
             reasons.append(f"{step} ({_first_line(error)})")
+        else:
+            if reasons:
+                processes.tell(f"{directory}: cannot read {'; '.join(reasons)}; read {step}")
+            return restored
     raise CheckpointError(f"cannot read the checkpoint in {directory}: {'; '.join(reasons)}")
 
 

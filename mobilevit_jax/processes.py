@@ -157,13 +157,15 @@ def fetch(array: jax.Array) -> np.ndarray:
 class Interrupt:
     """Remembers a request to stop, so that the loop can save and leave between two steps.
 
-    The processes of a run stop after the same step, whichever of them was asked: a signal to one is
-    told to all by jax's preemption service, which settles on a step that none of them has passed.
+    The processes of a run stop at the same place, whichever of them was asked: a signal to one is
+    told to all by jax's preemption service, which settles on a call of `asked` that none of them
+    has come to.
     """
 
     def __init__(self) -> None:
         self._name: str | None = None
         self._together = False
+        self._calls = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -183,16 +185,17 @@ class Interrupt:
         # A second Ctrl-C stops at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def asked(self, step: int) -> str | None:
-        """The signal that asks to stop after this step, if any; call it after every step."""
-        # True at one step only.
-        if self._together and multihost_utils.reached_preemption_sync_point(step):
+    def asked(self) -> str | None:
+        """The signal that asks to stop here, if any.
+
+        Call it after every step, and wherever else there is time to lose: all processes at the same
+        places, in the same order.
+        """
+        self._calls += 1
+        # True at one call only.
+        if self._together and multihost_utils.reached_preemption_sync_point(self._calls):
             self._name = signal.SIGTERM.name
         return self._name
-
-    def here(self) -> str | None:
-        """The signal that a run of one process was asked by; several have to agree, see `asked`."""
-        return None if self._together else self._name
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():

@@ -212,11 +212,15 @@ class Report:
         }
         if ideal is not None:
             times["time/mfu"] = ideal / seconds
-        self.scalars(step, {**values, **times})
+        numbers = {**values, **times}
+        self.scalars(step, numbers)
         self._logged_at, self._logged_step, self._waited, self._paused = now, step, 0.0, 0.0
         self._step = step
         loss, lr = (float(values.get(f"train/{k}", math.nan)) for k in ("loss", "learning_rate"))
         self._shown = f"  loss {loss:.4g}  {speed:,.0f} img/s  wait {share:.0%}  lr {lr:.3g}"
+        for name, form in (("device/memory_gib", "  {:.1f} GiB"), ("time/mfu", "  MFU {:.0%}")):
+            if name in numbers:  # on accelerators
+                self._shown += form.format(float(numbers[name]))
         if self._plain:
             self.note(f"step {self._line()}")
 

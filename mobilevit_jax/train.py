@@ -119,8 +119,9 @@ def train(
     shardings = sharding.shardings(abstract_state)
     with contextlib.ExitStack() as stack:
         # 5 Own checkpoint > warm start > scratch.
-        checkpoints = checkpoint.Checkpoints(workdir, keep=run.keep, note=processes.tell)
-        stack.callback(checkpoints.close)
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(workdir, keep=run.keep, note=processes.tell)
+        )
         restored = checkpoints.restore(abstract_state)
         if restored:
             state = restored.state
@@ -160,7 +161,7 @@ def train(
                 each = evaluate.metrics(
                     evaluator,
                     state.variables(weights),
-                    halted=lambda: interrupt.here() is not None,
+                    halted=lambda: interrupt.asked() is not None,
                 )
                 values |= {f"{scope}/{name}": value for name, value in each.items()}
             return values
@@ -184,7 +185,7 @@ def train(
                     values = known or evaluate_both()
                 except evaluate.Halted:  # it may take longer than there is time to leave
                     save(step)
-                    leave(step, interrupt.here())
+                    leave(step, interrupt.asked())
                 if not known:
                     reporter.evaluation(step, values)
                 value = values[run.best]
@@ -242,7 +243,7 @@ def train(
             trace.end(step, step_metrics, reporter.note)
 
             due = functools.partial(schedule.due, step, total=run.total_steps)
-            stop = interrupt.asked(step)
+            stop = interrupt.asked()
             save_due = bool(stop) or due(every=run.save_every)
             eval_due = due(every=run.eval_every)
             if save_due or eval_due or due(every=run.log_every):

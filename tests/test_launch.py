@@ -146,11 +146,10 @@ def test_a_later_step_is_on_disk_only_after_the_best_of_those_before(tmp_path):
         steps.TrainState(*({"x": np.arange(size, dtype=np.float32)} for _ in range(5)))
         for size in (2**24, 1)
     )
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, note=print)
-    checkpoints.save_best(1, large, {"best": 0.5})
-    checkpoints.save(2, small, {})
-    assert checkpoint.complete_steps(tmp_path / "best") == [1]
-    checkpoints.close()
+    with checkpoint.Checkpoints(tmp_path, keep=2, note=print) as checkpoints:
+        checkpoints.save_best(1, large, {"best": 0.5})
+        checkpoints.save(2, small, {})
+        assert checkpoint.complete_steps(tmp_path / "best") == [1]
 
 
 def test_memory_and_mfu_are_logged_where_the_device_is_known(copied, capsys, monkeypatch):
@@ -409,9 +408,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_step(copied, capsys):
     )
     state = steps.TrainState(**whole.state | {"params": params, "opt_state": tx.init(params)})
     state = state.replace(step=np.asarray(6, np.int32))
-    checkpoints = checkpoint.Checkpoints(copied, keep=2, note=print)
-    checkpoints.save(6, state, {"elapsed": 1.0})
-    checkpoints.close()
+    with checkpoint.Checkpoints(copied, keep=2, note=print) as checkpoints:
+        checkpoints.save(6, state, {"elapsed": 1.0})
     said = fails(capsys, 4, "train", CONFIG, f"--workdir={copied}")
     assert "is nan at step 7" in said  # the loss or its gradient, whichever overflows first
     assert checkpoint.complete_steps(copied / "checkpoints") == [6]

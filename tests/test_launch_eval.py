@@ -40,18 +40,17 @@ def run(tmp_path_factory):
     (workdir / "config.json").write_text(build.to_json(tiny.get_config()))
     (workdir / "labels.json").write_text(json.dumps([str(k) for k in range(10)]))
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": 6, "val_ema/top1": 0.5}) + "\n")
-    checkpoints = checkpoint.Checkpoints(workdir, keep=len(STEPS), note=print)
-    for step in STEPS:
-        raw, ema = variables(step, "raw"), variables(step, "ema")
-        state = steps.TrainState(
-            step=np.int32(step),
-            params=raw["params"],
-            model_state={"batch_stats": raw["batch_stats"]},
-            opt_state={"count": np.int32(step)},
-            ema={"params": ema["params"], "model_state": {"batch_stats": ema["batch_stats"]}},
-        )
-        checkpoints.save(step, state, {"elapsed": float(step)})
-    checkpoints.close()
+    with checkpoint.Checkpoints(workdir, keep=len(STEPS), note=print) as checkpoints:
+        for step in STEPS:
+            raw, ema = variables(step, "raw"), variables(step, "ema")
+            state = steps.TrainState(
+                step=np.int32(step),
+                params=raw["params"],
+                model_state={"batch_stats": raw["batch_stats"]},
+                opt_state={"count": np.int32(step)},
+                ema={"params": ema["params"], "model_state": {"batch_stats": ema["batch_stats"]}},
+            )
+            checkpoints.save(step, state, {"elapsed": float(step)})
     return workdir
 
 
@@ -104,6 +103,19 @@ def test_several_models_without_data(run, native, capsys):
         assert second[f"val/{name}"] == first[f"val_ema/{name}"]
     alone = json.loads(says(capsys, "eval", str(run), CONFIG, "--json"))
     assert {"reference": str(run), **alone} == first
+
+
+def test_several_checkpoints_of_a_run(run, capsys):
+    paths = sorted(map(str, (run / "checkpoints").iterdir()))
+    said = map(json.loads, says(capsys, "eval", *paths, CONFIG, "--json").splitlines())
+    rows = {row.pop("reference"): row for row in said}
+    assert list(rows) == paths
+    for path in paths:
+        step = path.rpartition("/")[2]
+        alone = says(capsys, "eval", str(run), f"--checkpoint={step}", CONFIG, "--json")
+        assert rows[path] == json.loads(alone) and rows[path]["step"] == int(step)
+    said = fails(capsys, 2, "eval", paths[0], "--checkpoint=6", CONFIG).err
+    assert f"{paths[0]} is one checkpoint; checkpoint=6 names another" in said
 
 
 def test_the_table(run, native, capsys):

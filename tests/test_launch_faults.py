@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import launch
-from mobilevit_jax import build, checkpoint, evaluate, report
+from mobilevit_jax import build, checkpoint, evaluate, report, steps
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tasks import classification
 from tests import quick_launch
@@ -104,9 +105,39 @@ def test_a_broken_best_is_set_aside(tmp_path, capsys):
     for path in data.rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
+    with pytest.raises(checkpoint.CheckpointError, match="cannot read the checkpoint in"):
+        checkpoint.read(workdir, "best")
     assert train(workdir) == 0
     assert f"{workdir / 'best' / str(step)} cannot be read" in capsys.readouterr().err
     assert checkpoint.read(workdir, "best").step == STEPS  # the last evaluation was on record
+
+
+def test_a_damaged_newest_checkpoint_is_told_by_who_reads_the_one_before(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert train(workdir) == 0
+    before, newest = checkpoint.complete_steps(workdir / "checkpoints")[-2:]
+    shutil.rmtree(workdir / "checkpoints" / str(newest) / "state")
+    assert checkpoint.read(workdir).step == before
+    said = capsys.readouterr().err
+    assert f"cannot read {newest} (" in said and f"; read {before}" in said
+
+
+def test_a_save_that_fails_takes_no_other_errors_place(tmp_path):
+    state = steps.TrainState(*({"x": np.zeros(1, np.float32)} for _ in range(5)))
+    told = []
+
+    def fail_to_save():
+        with checkpoint.Checkpoints(tmp_path / "run", keep=1, note=told.append) as checkpoints:
+            checkpoints.save(1, state, {})
+            checkpoints.wait()
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").write_text("")
+            checkpoints.save(2, state, {})
+            raise KeyError("the cause")
+
+    with pytest.raises(KeyError, match="the cause"):
+        fail_to_save()
+    assert len(told) == 1 and "could not save a checkpoint" in told[0]
 
 
 def test_a_trace_of_some_steps(tmp_path, capsys):

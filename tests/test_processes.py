@@ -136,25 +136,32 @@ def test_one_lead_speaks_and_writes(two_processes):
 
 
 def test_stopped_and_killed_in_one_process(two_processes, tmp_path):
-    """Whichever process is asked to stop, all do, after the same step; killed, none is lost."""
+    """Whichever process is asked to stop, all do, at the same place; killed, none is lost."""
     workdir = tmp_path / "run"
-    run = Run(workdir, count=2, devices=2)
-    # Both listen by then, and have all their steps before them.
-    run.wait_until(lambda: "compiled 1/2" in run.said())
-    os.kill(run.processes[1].pid, signal.SIGUSR1)
-    assert [process.wait(timeout=300) for process in run.processes] == [143, 143], run.said()
-    assert "SIGTERM: saved step" in run.said()
-    stopped = max(checkpoint.complete_steps(workdir / "checkpoints"))
-    assert 1 <= stopped < STEPS
+
+    def stopped(begun):
+        run = Run(workdir, count=2, devices=2)
+        # Both listen by then; the runs before have said it, too.
+        run.wait_until(lambda: run.said().count("compiled 1/2") > begun)
+        os.kill(run.processes[1].pid, signal.SIGUSR1)
+        assert [process.wait(timeout=300) for process in run.processes] == [143, 143], run.said()
+        step = max(checkpoint.complete_steps(workdir / "checkpoints"))
+        assert f"SIGTERM: saved step {step} of {STEPS}" in run.said()
+        return step
+
+    assert stopped(begun=0) == 0  # in the evaluation that comes first
 
     run = Run(workdir, count=2, devices=2)
-    run.wait_until_saved(stopped + 1)
+    run.wait_until_saved(1)
     run.processes[1].kill()
     run.kill()
+    killed = max(checkpoint.complete_steps(workdir / "checkpoints"))
+
+    assert killed < stopped(begun=2) < STEPS  # in a step: no evaluation is due where it goes on
 
     run = Run(workdir, count=2, devices=2)
     run.finish()
-    assert "resuming after step" in run.said()
+    assert f"resuming after step {killed}" in run.said()
     np.testing.assert_equal(state(workdir, STEPS), state(two_processes, STEPS))
 
 

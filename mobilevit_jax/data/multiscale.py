@@ -8,6 +8,7 @@ differ, so the number of examples before a step is a running sum; it is kept her
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -138,17 +139,20 @@ def variable_batch(
     replicas: int = 8,
     round_to: int = 1,
     at_least_base: bool = False,
+    divisible_by: int = 1,
 ) -> Shapes:
     """cvnets' variable batch sampler: squares from `low` to `high`, batches of about equal area.
 
     Sizes are `scales` even steps, each made divisible by `divisor`, and `size` besides. The batch
-    of each is that of one replica times `replicas`, because the published recipes round there.
+    of each is that of one replica times `replicas`, because the published recipes round there. It
+    does not depend on the devices, so that a run can go on with others: where those cannot share
+    it, `divisible_by` has to say so.
 
     Args:
         size: base (height, width), to which `batch_size` belongs.
         batch_size: of the base size, over all replicas.
         seed: of the draws.
-        multiple_of: devices times accumulated parts; batches are rounded down to a multiple.
+        multiple_of: devices times accumulated parts, which must be able to share each batch.
         low: smallest height and width, in pixels.
         high: largest height and width, in pixels.
         scales: how many even steps.
@@ -156,12 +160,15 @@ def variable_batch(
         replicas: GPUs of the recipe.
         round_to: each replica's batch becomes divisible by it (v0.1 and v0.2: the GPUs).
         at_least_base: no replica's batch is smaller than that of the base size (v0.1).
+        divisible_by: batches are rounded down to a multiple of it.
 
     Raises:
-        ValueError: a value out of range, or a batch too small to be divided.
+        ValueError: a value out of range, or a batch that cannot be shared.
     """
     if not 0 < low <= high or scales < 1:
         raise ValueError(f"low is {low}, high {high}, scales {scales}; 0 < low <= high, scales > 0")
+    if divisible_by < 1:
+        raise ValueError(f"divisible_by is {divisible_by}; it must be at least 1")
     if batch_size % replicas:
         raise ValueError(f"a batch of {batch_size} is no multiple of {replicas} replicas")
     squares = {(side, side) for side in map(int, np.linspace(low, high, scales))}
@@ -172,12 +179,19 @@ def variable_batch(
         each = max(1, int(round(size[0] * size[1] * base / (height * width), 2)))
         each = max(base, each) if at_least_base else each
         total = replicas * (_divisible(each, round_to) if round_to > 1 else each)
-        if total < multiple_of:
+        if total < divisible_by:
             raise ValueError(
-                f"at {height}x{width} the batch is {total}, less than one image for each of "
-                f"{multiple_of} devices and accumulated parts; raise batch_size ({batch_size})"
+                f"at {height}x{width} the batch is {total} and divisible_by {divisible_by}; raise "
+                f"batch_size ({batch_size})"
             )
-        table.append(Shape(height, width, total // multiple_of * multiple_of))
+        table.append(Shape(height, width, total // divisible_by * divisible_by))
+    for shape in table:
+        if shape.batch_size % multiple_of:
+            raise ValueError(
+                f"at {shape.height}x{shape.width} the batch is {shape.batch_size}, which the "
+                f"devices and accumulated parts cannot share equally; set divisible_by to "
+                f"{math.lcm(divisible_by, multiple_of)}"
+            )
     return Shapes(tuple(table), seed)
 
 

@@ -28,6 +28,7 @@ from mobilevit_jax.tree import Tree
 
 FORMS = """A model reference is one of
   a workdir of a training run                    runs/flowers
+  one of its checkpoints                         runs/flowers/checkpoints/3000
   a directory of Hugging Face, timm or this package, with config.json and model.safetensors
   an id on the Hugging Face Hub                  apple/mobilevitv2-1.0-imagenet1k-256
   an id of timm's on the Hub                     hf-hub:timm/mobilevitv2_100.cvnets_in1k
@@ -123,8 +124,9 @@ def read(
     if weights not in ("ema", "raw"):
         raise build.ConfigError(f"weights is {weights!r}; write ema or raw")
     path, name = pathlib.Path(reference).expanduser(), str(reference)
-    if is_run(path):
-        loaded = _read_run(path, weights=weights, which=checkpoint, average=average)
+    if run := find_run(path, checkpoint):
+        path, which = run
+        loaded = _read_run(path, weights=weights, which=which, average=average)
     elif (weights, checkpoint, average) != ("ema", "newest", 1):
         raise build.ConfigError(
             f"{name} is no workdir of a run: weights={weights}, checkpoint={checkpoint} and "
@@ -154,8 +156,33 @@ def read(
     return loaded._replace(source={**loaded.source, "reference": reference})
 
 
-def is_run(path: pathlib.Path) -> bool:
-    """Whether a directory is the workdir of a training run, and not a model in some layout."""
+def find_run(path: pathlib.Path, which: str = "newest") -> tuple[pathlib.Path, str] | None:
+    """The workdir of a training run and which of its checkpoints a reference means.
+
+    Args:
+        path: a workdir, or a checkpoint inside of one.
+        which: of a workdir, "newest", "best" or a step.
+
+    Returns:
+        Workdir and "newest", "best" or a step; None where the path is neither.
+
+    Raises:
+        ConfigError: the path is a checkpoint, and `which` another.
+    """
+    if _is_workdir(path):
+        return path, which
+    kind, workdir = path.absolute().parent.name, path.absolute().parent.parent
+    if kind not in (checkpoint.NEWEST, checkpoint.BEST) or not path.name.isdigit():
+        return None
+    if not _is_workdir(workdir):
+        return None
+    named = "best" if kind == checkpoint.BEST else path.name
+    if which not in ("newest", named):
+        raise build.ConfigError(f"{path} is one checkpoint; checkpoint={which} names another")
+    return workdir, named
+
+
+def _is_workdir(path: pathlib.Path) -> bool:
     if any((path / name).is_file() for name in files.WEIGHTS):
         return False
     return (path / "labels.json").is_file() or (path / checkpoint.NEWEST).is_dir()

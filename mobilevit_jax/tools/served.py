@@ -153,7 +153,10 @@ def identify(reference: str) -> str:
     """What a model is called in addresses: a directory or file by its name, others as they are."""
     path = pathlib.Path(reference).expanduser()
     if path.is_dir():
-        return path.resolve().name
+        path = path.resolve()
+        run = pretrained.find_run(path)
+        # Of one checkpoint of a run, the step alone says little.
+        return f"{run[0].name}-{path.name}" if run and run[0] != path else path.name
     return path.stem if path.is_file() else reference.removeprefix(files.HUB_PREFIX)
 
 

@@ -47,9 +47,15 @@ def test_steps_of_an_imagenet_epoch(arguments, low, high):
     assert low < shapes.steps(300 * 1_281_167) / 300 < high
 
 
-def test_batches_are_cut_to_what_the_devices_share():
-    shapes = multiscale.variable_batch(**V1, seed=0, batch_size=1024, multiple_of=96)
-    assert [shape.batch_size for shape in shapes.table] == [2592, 1728, 960, 768, 576]
+def test_batches_do_not_depend_on_the_devices():
+    asked = {**V1, "seed": 0, "batch_size": 1024}
+    tables = [multiscale.variable_batch(**asked, multiple_of=parts).table for parts in (1, 2, 8)]
+    assert tables[0] == tables[1] == tables[2]
+    with pytest.raises(ValueError, match=r"at 160x160 the batch is 2616, .* divisible_by to 96"):
+        multiscale.variable_batch(**asked, multiple_of=96)
+    cut = multiscale.variable_batch(**asked, multiple_of=96, divisible_by=96)
+    assert [shape.batch_size for shape in cut.table] == [2592, 1728, 960, 768, 576]
+    assert multiscale.variable_batch(**asked, multiple_of=1, divisible_by=96) == cut
 
 
 def test_every_shape_comes_as_often():
@@ -113,7 +119,8 @@ def test_one_shape():
         ({"low": 330}, "low is 330"),
         ({"scales": 0}, "scales 0"),
         ({"batch_size": 30}, "a batch of 30 is no multiple of 8 replicas"),
-        ({"batch_size": 8, "multiple_of": 16}, "at 160x160 the batch is 24|at 192x192 the batch"),
+        ({"divisible_by": 0}, "divisible_by is 0"),
+        ({"batch_size": 8, "divisible_by": 16}, "at 192x192 the batch is 8 and divisible_by 16"),
     ],
 )
 def test_arguments(arguments, message):

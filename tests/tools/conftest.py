@@ -62,9 +62,8 @@ def workdir(tmp_path_factory):
         opt_state={},
         ema={"params": ema["params"], "model_state": {"batch_stats": ema["batch_stats"]}},
     )
-    checkpoints = checkpoint.Checkpoints(workdir, keep=1, note=print)
-    checkpoints.save(STEP, state, {"elapsed": 1.0})
-    checkpoints.close()
+    with checkpoint.Checkpoints(workdir, keep=1, note=print) as checkpoints:
+        checkpoints.save(STEP, state, {"elapsed": 1.0})
     return workdir
 
 

@@ -646,10 +646,9 @@ def test_reload(url, both):
 
     head = state["ema"]["params"]["head"]
     head["bias"] = head["bias"] + np.array([9, 0, 0, 0, 0], np.float32)
-    checkpoints = checkpoint.Checkpoints(both[0], keep=1, note=print)
-    state = steps.TrainState(**{**state, "step": np.int32(step + 1)})
-    checkpoints.save(step + 1, state, {"elapsed": 1.0})
-    checkpoints.close()
+    with checkpoint.Checkpoints(both[0], keep=1, note=print) as checkpoints:
+        state = steps.TrainState(**{**state, "step": np.int32(step + 1)})
+        checkpoints.save(step + 1, state, {"elapsed": 1.0})
     assert ask(url, JPEG).json == before  # on request only
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
         replies = [clients.submit(ask, url, JPEG) for _ in range(64)]
