@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from mobilevit_jax import report  # noqa: E402
+from mobilevit_jax import devices, report  # noqa: E402
 from mobilevit_jax.models.attention import ATTENTIONS, PATCH, kind  # noqa: E402
 
 SCORES_LIMIT = 2**32  # bytes of one kind's scores: a gradient keeps three times as much
@@ -54,8 +54,9 @@ def programs(
     def loss(variables: Any, image: Any) -> Any:
         return jnp.square(layer.apply(variables, image).astype(jnp.float32)).mean()
 
-    forward = jax.jit(layer.apply).lower(variables, image).compile()
-    backward = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, image).compile()
+    compiled = functools.partial(jax.jit, compiler_options=devices.compiler_options())
+    forward = compiled(layer.apply).lower(variables, image).compile()
+    backward = compiled(jax.grad(loss, argnums=(0, 1))).lower(variables, image).compile()
     return {
         "forward": lambda: forward(variables, image),
         "forward and backward": lambda: backward(variables, image),

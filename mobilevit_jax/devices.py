@@ -3,9 +3,13 @@
 A device that is not in PEAKS has no known peak, and a run on it logs no time/mfu: add a row.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
+
+# Which operations XLA for CPUs leaves to the library YNNPACK.
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 
 
 class Peak(NamedTuple):
@@ -86,3 +90,22 @@ def images_at_a_time(devices: int = 1) -> int | None:
     memory and back (benchmarks/models.py: a quarter more images a second).
     """
     return 2 * devices if jax.default_backend() == "cpu" else None
+
+
+@functools.cache
+def compiler_options() -> dict[str, str] | None:
+    """What the train step and inference are compiled with, as `jax.jit` takes it.
+
+    On a CPU matrix products and convolutions are XLA's own, and reductions YNNPACK's: by default
+    jaxlib leaves it the products, too, which takes 1.04 to 1.17 times as long in inference and 1.08
+    to 1.14 in training; without it in reductions training takes 1.4 times as long
+    (experiments/2026-11-23-ynnpack). A jaxlib that has no such option does without.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    options = {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options

@@ -80,7 +80,11 @@ def make(
         input_spec=network.input_spec,
         part=part,
     )
-    program = jax.jit(step, out_shardings=(everywhere, sharding.split_batch(mesh)))
+    program = jax.jit(
+        step,
+        out_shardings=(everywhere, sharding.split_batch(mesh)),
+        compiler_options=devices.compiler_options(),
+    )
     return Evaluator(
         program=program.lower(
             sharding.abstract_like(variables, everywhere), totals, batch

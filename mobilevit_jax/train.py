@@ -377,7 +377,8 @@ def program(run: build.Experiment, abstract_state: steps.TrainState) -> Any:
         return bound_step(run._replace(tx=tx, curve=curve))(state, batch)
 
     out = sharding.shardings(abstract_state), sharding.replicated(run.mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    options = devices.compiler_options()
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 class Forecast(NamedTuple):

@@ -3,6 +3,8 @@
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mobilevit_jax import devices
@@ -42,3 +44,32 @@ def test_memory_is_counted_where_the_backend_counts_it(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: stats)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert devices.memory() == devices.Memory(peak=5, limit=9)
+
+
+def test_compiler_options_change_rounding_only():
+    """On a CPU the library has the reductions and XLA the products; elsewhere nothing is set."""
+
+    def loss(weights, x):
+        y = jax.nn.silu(x @ weights[0])
+        return jnp.square((y - y.mean(0)) @ weights[1]).mean()
+
+    rng = np.random.default_rng(0)
+    shapes = (64, 32), (32, 8), (256, 64)
+    *weights, x = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    options = devices.compiler_options()
+    assert (options is not None) == (jax.default_backend() == "cpu")
+    programs = [
+        jax.jit(jax.value_and_grad(loss), compiler_options=each).lower(weights, x).compile()
+        for each in (None, options)
+    ]
+    plain, ours = (program(weights, x) for program in programs)
+    for expected, got in zip(*map(jax.tree.leaves, (plain, ours)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    if options:
+        given, kept = (each.as_text().count("kind=kCustom") for each in programs)
+        assert given > kept
+
+
+def test_a_jaxlib_without_the_option_does_without(monkeypatch):
+    monkeypatch.setattr(devices, "_YNNPACK", "xla_cpu_no_such_option")
+    assert devices.compiler_options.__wrapped__() is None

@@ -156,7 +156,7 @@ def program(
     def run(variables: Tree, image: UInt8[Array, "b h w 3"]) -> Tree:
         return steps.in_parts(lambda rows: ((), bound(variables, rows)), image, part=part)[1]
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=devices.compiler_options())
 
 
 def attention_step(

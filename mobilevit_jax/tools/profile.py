@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from mobilevit_jax import build, report, steps
+from mobilevit_jax import build, devices, report, steps
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import pretrained
 from mobilevit_jax.tree import Tree
@@ -197,7 +197,8 @@ def _measure(
                 return outputs["logits"]
             return state["intermediates"][end]["__call__"][0]
 
-        return jax.jit(run).lower(variables, image).compile()
+        program = jax.jit(run, compiler_options=devices.compiler_options())
+        return program.lower(variables, image).compile()
 
     programs = {end: upto(end) for end in (*ends, "total")}
     seconds: dict[str, list[float]] = {end: [] for end in programs}

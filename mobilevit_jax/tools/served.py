@@ -282,7 +282,8 @@ def _compile_one(
     step: Callable[..., Any], network: pretrained.Pretrained, size: int
 ) -> Callable[..., Any]:
     images = jax.ShapeDtypeStruct((size, *network.input_spec.size, 3), jnp.uint8)
-    return jax.jit(step).lower(network.variables, images).compile()
+    program = jax.jit(step, compiler_options=devices.compiler_options())
+    return program.lower(network.variables, images).compile()
 
 
 def _seconds(
