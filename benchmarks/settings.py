@@ -1,0 +1,113 @@
+"""What the project sets for itself on a CPU, each against doing without: by turns, in one process.
+
+Inference: matrix products by XLA or by YNNPACK (devices.compiler_options), and a batch in parts of
+two images or at once (devices.images_at_a_time). The train step: matrix products by XLA or YNNPACK,
+and reductions by YNNPACK or XLA. All compute the same up to rounding, which is checked first.
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
+        python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import measure
+import numpy as np
+import ours
+from rich.console import Console
+
+from mobilevit_jax import devices, report
+from mobilevit_jax.models import zoo
+from mobilevit_jax.tools import predict, pretrained
+
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+KINDS = {"conv": "INDIVIDUAL_CONVOLUTION", "dot": "INDIVIDUAL_DOT", "reduce": "REDUCE"}
+# What YNNPACK computes, and whether a batch is worked on in parts.
+SETTINGS: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
+    "inference": {
+        "as it is": (("reduce",), True),
+        "YNNPACK's products": (("conv", "dot", "reduce"), True),
+        "a batch at once": (("reduce",), False),
+    },
+    "train": {
+        "as it is": (("reduce",), True),
+        "YNNPACK's products": (("conv", "dot", "reduce"), True),
+        "no YNNPACK": ((), True),
+    },
+}
+
+
+def call(network: str, batch_size: int, mode: str, setting: str) -> Callable[[], Any]:
+    """The program of one setting, compiled, as a call that waits for what it gives."""
+    kinds, parts = SETTINGS[mode][setting]
+    options = {YNNPACK: ",".join(f"LIBRARY_FUSION_TYPE_{KINDS[kind]}" for kind in kinds)}
+    part = devices.images_at_a_time() if parts else None
+    size = zoo.ZOO[network].size
+    with (
+        mock.patch.object(devices, "compiler_options", lambda: options),
+        mock.patch.object(devices, "images_at_a_time", lambda *_: part),
+    ):
+        if mode == "train":
+            built = ours.built(ours.config(network, size=size, batch_size=batch_size))
+            program = ours.lowered(built).compile()
+            return ours.stepping(built, program, built.state(), ours.noise(batch_size, size))
+        model = pretrained.load(network)
+        images = ours.noise(batch_size, model.input_spec.size)["image"]
+        program = predict.program(model).lower(model.variables, images).compile()
+    return lambda: jax.block_until_ready(program(model.variables, images)["probability"])
+
+
+def main() -> None:
+    """Measures every network, mode and batch size, prints a table of ratios and writes them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="mobilevitv2_100", metavar="NAME,…", help="of the zoo")
+    parser.add_argument("--batch", default="1,16", metavar="N,…", help="images at a time")
+    parser.add_argument("--mode", default="inference,train", choices=(*SETTINGS, "inference,train"))
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every setting")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if jax.default_backend() != "cpu":
+        parser.error("these are settings for CPUs")
+    cases, rows = [], []
+    sizes = [int(number) for number in args.batch.split(",")]
+    modes = args.mode.split(",")
+    for network, mode, batch_size in itertools.product(args.models.split(","), modes, sizes):
+        if network not in zoo.ZOO or batch_size < 1 or args.rounds < 1:
+            parser.error(f"{network}: no network of the zoo, or a number below 1")
+        if mode == "train" and batch_size == 1:
+            continue
+        calls = {name: call(network, batch_size, mode, name) for name in SETTINGS[mode]}
+        first = {name: np.asarray(run()) for name, run in calls.items()}
+        for result in first.values():
+            np.testing.assert_allclose(result, first["as it is"], rtol=1e-4, atol=1e-6)
+        taken = measure.by_turns(
+            {name: functools.partial(measure.timed, run) for name, run in calls.items()},
+            rounds=args.rounds,
+        )
+        spreads = {name: measure.spread(seconds) for name, seconds in taken.items()}
+        cases.append({"model": network, "mode": mode, "batch": batch_size, "seconds": spreads})
+        base = spreads["as it is"]["median"]
+        for name, each in spreads.items():
+            low, median, high = (1e3 * each[key] for key in ("low", "median", "high"))
+            told = (f"{median:,.0f} ({low:,.0f}-{high:,.0f})", f"{each['median'] / base:.2f}")
+            rows.append([network, mode, str(batch_size), name, *told])
+        if args.json is not None:  # after each, so that what was measured is not lost
+            measure.write(args.json, {**measure.where(), "cases": cases})
+    report.print_table(
+        ["network", "", "images", "setting", "ms (quartiles)", "times as long"],
+        rows,
+        Console(width=None if sys.stdout.isatty() else 120),
+    )
+
+
+if __name__ == "__main__":
+    main()
