@@ -97,9 +97,9 @@ def compiler_options() -> dict[str, str] | None:
     """What the train step and inference are compiled with, as `jax.jit` takes it.
 
     On a CPU matrix products and convolutions are XLA's own, and reductions YNNPACK's: by default
-    jaxlib leaves it the products, too, which takes 1.04 to 1.17 times as long in inference and 1.08
-    to 1.14 in training; without it in reductions training takes 1.4 times as long
-    (experiments/2026-11-23-ynnpack). A jaxlib that has no such option does without.
+    jaxlib leaves it the products, too, which takes 1.06 to 1.14 times as long; without it in
+    reductions, a train step takes 1.4 to 1.55 times as long (benchmarks/settings.py). A jaxlib that
+    has no such option does without.
     """
     if jax.default_backend() != "cpu":
         return None
