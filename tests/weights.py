@@ -10,8 +10,8 @@ LABELS = ("daisy", "rose", "tulip, Tulipa", "fern", "moss")
 def random_variables(model, *, seed, size=(64, 64), gain=2.0):
     """Weights under which every part of the network matters.
 
-    With a gain too high for its depth a network magnifies rounding, with one too low it hardly tells
-    images apart.
+    With a gain too high for its depth a network magnifies rounding, with one too low it hardly
+    tells images apart.
     """
     rng = np.random.default_rng(seed)
 
