@@ -171,6 +171,7 @@ def test_the_others_leave_when_one_is_killed(tmp_path):
     run.wait_until_saved(4)
     run.processes[1].kill()
     assert run.processes[0].wait(timeout=3 * processes.SILENCE) not in (0, 143)
+    run.kill()
 
 
 def test_resumed_on_other_devices_and_processes(one_process, tmp_path):

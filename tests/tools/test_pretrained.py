@@ -15,7 +15,7 @@ import mobilevit_jax
 from mobilevit_jax import build, checkpoint, tree
 from mobilevit_jax.data.transforms import InputSpec
 from mobilevit_jax.models import zoo
-from mobilevit_jax.tools import files, formats, names, pretrained
+from mobilevit_jax.tools import files, formats, names, pretrained, served
 from tests import originals
 from tests.weights import LABELS, random_variables
 
@@ -86,6 +86,15 @@ def test_a_run_knows_its_metrics(workdir):
     }
     with pytest.raises(checkpoint.CheckpointError):
         pretrained.load(workdir, checkpoint="3")
+
+
+def test_a_checkpoint_of_a_run(workdir, tmp_path, monkeypatch):
+    monkeypatch.chdir(workdir / "checkpoints")
+    assert pretrained.read("7").source == pretrained.read(workdir).source
+    assert pretrained.find_run(workdir / "best" / "7") == (workdir, "best")
+    assert pretrained.find_run(tmp_path / "checkpoints" / "7") is None  # of no run
+    assert served.identify("7") == "flowers-7"
+    assert served.identify(str(workdir)) == "flowers"
 
 
 @pytest.mark.parametrize("format", ["native", "hf", "timm", "cvnets"])
