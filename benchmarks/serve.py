@@ -106,6 +106,8 @@ class Load:
         draw, idle, tasks = random.Random(seed), [], []
 
         async def one(due: float) -> None:
+            while idle and idle[-1][0].at_eof():  # the server closes what is not used for long
+                idle.pop()[1].close()
             connection = idle.pop() if idle else await self._connect()
             await self._ask(connection, due)
             idle.append(connection)

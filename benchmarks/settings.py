@@ -27,7 +27,6 @@ from mobilevit_jax import devices, report
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import predict, pretrained
 
-YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 KINDS = {"conv": "INDIVIDUAL_CONVOLUTION", "dot": "INDIVIDUAL_DOT", "reduce": "REDUCE"}
 # What YNNPACK computes, and whether a batch is worked on in parts.
 SETTINGS: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
@@ -47,7 +46,7 @@ SETTINGS: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
 def call(network: str, batch_size: int, mode: str, setting: str) -> Callable[[], Any]:
     """The program of one setting, compiled, as a call that waits for what it gives."""
     kinds, parts = SETTINGS[mode][setting]
-    options = {YNNPACK: ",".join(f"LIBRARY_FUSION_TYPE_{KINDS[kind]}" for kind in kinds)}
+    options = {devices.YNNPACK: ",".join(f"LIBRARY_FUSION_TYPE_{KINDS[kind]}" for kind in kinds)}
     part = devices.images_at_a_time() if parts else None
     size = zoo.ZOO[network].size
     with (
@@ -78,11 +77,13 @@ def main() -> None:
     if jax.default_backend() != "cpu":
         parser.error("these are settings for CPUs")
     cases, rows = [], []
-    sizes = [int(number) for number in args.batch.split(",")]
-    modes = args.mode.split(",")
-    for network, mode, batch_size in itertools.product(args.models.split(","), modes, sizes):
-        if network not in zoo.ZOO or batch_size < 1 or args.rounds < 1:
-            parser.error(f"{network}: no network of the zoo, or a number below 1")
+    networks, modes = args.models.split(","), args.mode.split(",")
+    if wrong := [name for name in networks if name not in zoo.ZOO]:
+        parser.error(f"--models: there is no {wrong[0]}; use {', '.join(zoo.ZOO)}")
+    sizes = [int(number) if number.isdecimal() else 0 for number in args.batch.split(",")]
+    if min(*sizes, args.rounds) < 1:
+        parser.error(f"--batch is {args.batch}, --rounds {args.rounds}; give numbers from 1 on")
+    for network, mode, batch_size in itertools.product(networks, modes, sizes):
         if mode == "train" and batch_size == 1:
             continue
         calls = {name: call(network, batch_size, mode, name) for name in SETTINGS[mode]}

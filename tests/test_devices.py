@@ -71,5 +71,5 @@ def test_compiler_options_change_rounding_only():
 
 
 def test_a_jaxlib_without_the_option_does_without(monkeypatch):
-    monkeypatch.setattr(devices, "_YNNPACK", "xla_cpu_no_such_option")
+    monkeypatch.setattr(devices, "YNNPACK", "xla_cpu_no_such_option")
     assert devices.compiler_options.__wrapped__() is None

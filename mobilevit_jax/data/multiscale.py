@@ -179,19 +179,19 @@ def variable_batch(
         each = max(1, int(round(size[0] * size[1] * base / (height * width), 2)))
         each = max(base, each) if at_least_base else each
         total = replicas * (_divisible(each, round_to) if round_to > 1 else each)
-        if total < divisible_by:
+        rounded = total // divisible_by * divisible_by
+        if not rounded:
             raise ValueError(
                 f"at {height}x{width} the batch is {total} and divisible_by {divisible_by}; raise "
                 f"batch_size ({batch_size})"
             )
-        table.append(Shape(height, width, total // divisible_by * divisible_by))
-    for shape in table:
-        if shape.batch_size % multiple_of:
+        if rounded % multiple_of:
             raise ValueError(
-                f"at {shape.height}x{shape.width} the batch is {shape.batch_size}, which the "
-                f"devices and accumulated parts cannot share equally; set divisible_by to "
+                f"at {height}x{width} the batch is {rounded}, which the devices and accumulated "
+                f"parts cannot share equally; set divisible_by to "
                 f"{math.lcm(divisible_by, multiple_of)}"
             )
+        table.append(Shape(height, width, rounded))
     return Shapes(tuple(table), seed)
 
 
