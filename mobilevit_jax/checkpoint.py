@@ -66,10 +66,17 @@ def _state_reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_here())
 
 
+def _metadata(reader: ocp.Checkpointer, directory: pathlib.Path) -> Tree:
+    item = reader.metadata(directory / "state").item_metadata
+    if item is None:  # how Orbax says that it cannot read its own files
+        raise CheckpointError("its metadata is damaged or missing")
+    return item.tree
+
+
 def _shapes(directory: pathlib.Path) -> Tree:
     """Names, shapes and dtypes of a stored state, without reading the arrays."""
     with _state_reader() as reader:
-        stored = reader.metadata(directory / "state").item_metadata.tree
+        stored = _metadata(reader, directory)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
@@ -294,6 +301,8 @@ def _first_line(error: Exception) -> str:
     for known in ("No space left on device", "Disk quota exceeded", "Permission denied"):
         if known in text:
             return known
+    if isinstance(error, CheckpointError):  # our own words
+        return text
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
@@ -380,7 +389,7 @@ def _read_one(directory: pathlib.Path, step: int) -> Restored:
 def _read_step(directory: pathlib.Path, step: int) -> Restored:
     path = directory / str(step)
     with _state_reader() as reader:
-        stored = reader.metadata(path / "state").item_metadata.tree
+        stored = _metadata(reader, path)
         # Numpy, because the devices that wrote it need not exist here.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
         state = reader.restore(path / "state", restore_args=as_numpy)
