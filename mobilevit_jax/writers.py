@@ -198,11 +198,12 @@ class _WandbRun:
             save_code=False,
             x_save_requirements=False,
             silent=True,
-            init_timeout=REACH,
             finish_timeout=FLUSH,
         )
 
         def begin(mode: str) -> Any:
+            # Offline, only a busy machine is waited for.
+            settings.init_timeout = FLUSH if mode == "offline" else REACH
             return wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=os.environ.get("WANDB_NAME", workdir.name),

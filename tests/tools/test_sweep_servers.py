@@ -149,6 +149,8 @@ def test_killed_workers_lose_no_trial(server, tmp_path):
     study = studies.join(server, "killed")
     known = study.trials
     assert len(known()) == trials
+    # Held until the other has a trial: where both start slowly, this one could take them all.
+    controller.send_signal(signal.SIGSTOP)
     victim = launch(server, "--worker", "--study=killed", "--workers=1", log=log)
     try:
         # A worker dies, and its trial with it.
@@ -166,6 +168,7 @@ def test_killed_workers_lose_no_trial(server, tmp_path):
         (process,) = children(victim.pid)
         victim.send_signal(signal.SIGKILL)
         victim.wait()
+        controller.send_signal(signal.SIGCONT)
         # A trial dies, and its worker goes on.
         (broken,) = wait_for(lambda: run_by(controller.pid), log, controller)
         os.kill(children(controller.pid)[0], signal.SIGKILL)
