@@ -1,8 +1,9 @@
 """What the project sets for itself on a CPU, each against doing without: by turns, in one process.
 
-Inference: matrix products by XLA or by YNNPACK (devices.compiler_options), and a batch in parts of
-two images or at once (devices.images_at_a_time). The train step: matrix products by XLA or YNNPACK,
-and reductions by YNNPACK or XLA. All compute the same up to rounding, which is checked first.
+Inference and the train step: matrix products by XLA or by YNNPACK, and vectors of 512 or 256 bits
+(devices.compiler_options). Inference, too: a batch in parts of two images or at once
+(devices.images_at_a_time). The train step, too: reductions by YNNPACK or XLA. All compute the same
+up to rounding, which is checked first.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
         python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
@@ -27,26 +28,31 @@ from mobilevit_jax import devices, report
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import predict, pretrained
 
-KINDS = {"conv": "INDIVIDUAL_CONVOLUTION", "dot": "INDIVIDUAL_DOT", "reduce": "REDUCE"}
-# What YNNPACK computes, and whether a batch is worked on in parts.
-SETTINGS: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
+PRODUCTS = {
+    devices.YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+    "LIBRARY_FUSION_TYPE_REDUCE"
+}
+# Options in place of the project's, and whether a batch is worked on in parts.
+SETTINGS: dict[str, dict[str, tuple[dict[str, Any], bool]]] = {
     "inference": {
-        "as it is": (("reduce",), True),
-        "YNNPACK's products": (("conv", "dot", "reduce"), True),
-        "a batch at once": (("reduce",), False),
+        "as it is": ({}, True),
+        "YNNPACK's products": (PRODUCTS, True),
+        "vectors of 256 bits": ({devices.VECTORS: 256}, True),
+        "a batch at once": ({}, False),
     },
     "train": {
-        "as it is": (("reduce",), True),
-        "YNNPACK's products": (("conv", "dot", "reduce"), True),
-        "no YNNPACK": ((), True),
+        "as it is": ({}, True),
+        "YNNPACK's products": (PRODUCTS, True),
+        "vectors of 256 bits": ({devices.VECTORS: 256}, True),
+        "no YNNPACK": ({devices.YNNPACK: ""}, True),
     },
 }
 
 
 def call(network: str, batch_size: int, mode: str, setting: str) -> Callable[[], Any]:
     """The program of one setting, compiled, as a call that waits for what it gives."""
-    kinds, parts = SETTINGS[mode][setting]
-    options = {devices.YNNPACK: ",".join(f"LIBRARY_FUSION_TYPE_{KINDS[kind]}" for kind in kinds)}
+    others, parts = SETTINGS[mode][setting]
+    options = (devices.compiler_options() or {}) | others
     part = devices.images_at_a_time() if parts else None
     size = zoo.ZOO[network].size
     with (

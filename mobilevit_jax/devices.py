@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-# Which operations XLA for CPUs leaves to the library YNNPACK.
-YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+# Options of XLA for CPUs: what it leaves to the library YNNPACK, and bits of its vectors at most.
+YNNPACK, VECTORS = "xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width"
 
 
 class Peak(NamedTuple):
@@ -93,19 +93,24 @@ def images_at_a_time(devices: int = 1) -> int | None:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str] | None:
+def compiler_options() -> dict[str, str | int] | None:
     """What the train step and inference are compiled with, as `jax.jit` takes it.
 
     On a CPU matrix products and convolutions are XLA's own, and reductions YNNPACK's: by default
     jaxlib leaves it the products, too, which takes 1.06 to 1.14 times as long; without it in
-    reductions, a train step takes 1.4 to 1.55 times as long (benchmarks/settings.py). A jaxlib that
-    has no such option does without.
+    reductions, a train step takes 1.4 to 1.55 times as long. Vectors are as long as the processor
+    has them: XLA's default of 256 bits takes 1.04 to 1.19 times as long where there are 512
+    (benchmarks/settings.py). An option that a jaxlib has not is left out.
     """
     if jax.default_backend() != "cpu":
         return None
-    options = {YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE", VECTORS: 512}
+    return {name: value for name, value in options.items() if _compiles_with({name: value})}
+
+
+def _compiles_with(options: dict[str, str | int]) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
-        return None
-    return options
+        return False
+    return True
