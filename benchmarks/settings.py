@@ -28,10 +28,8 @@ from mobilevit_jax import devices, report
 from mobilevit_jax.models import zoo
 from mobilevit_jax.tools import predict, pretrained
 
-PRODUCTS = {
-    devices.YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
-    "LIBRARY_FUSION_TYPE_REDUCE"
-}
+KINDS = ("INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "REDUCE")
+PRODUCTS = {devices.YNNPACK: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in KINDS)}
 # Options in place of the project's, and whether a batch is worked on in parts.
 SETTINGS: dict[str, dict[str, tuple[dict[str, Any], bool]]] = {
     "inference": {
