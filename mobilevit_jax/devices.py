@@ -99,7 +99,7 @@ def compiler_options() -> dict[str, str | int] | None:
     On a CPU matrix products and convolutions are XLA's own, and reductions YNNPACK's: by default
     jaxlib leaves it the products, too, which takes 1.06 to 1.14 times as long; without it in
     reductions, a train step takes 1.4 to 1.55 times as long. Vectors are as long as the processor
-    has them: XLA's default of 256 bits takes 1.04 to 1.19 times as long where there are 512
+    has them: XLA's default of 256 bits takes 1.04 to 1.1 times as long where there are 512
     (benchmarks/settings.py). An option that a jaxlib has not is left out.
     """
     if jax.default_backend() != "cpu":
