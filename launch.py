@@ -20,10 +20,10 @@ import os
 import sys
 
 if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # A step touches gigabytes of fresh memory; with 4 KiB pages the page faults cost more than the
-    # arithmetic (measured: 1.4 times the training speed with huge pages). The C library reads this
-    # before main(), so the process has to start over. Any value that is there is left alone.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    # The process starts over, for the C library to see it. A value that is there is left alone.
+    from mobilevit_jax import native
+
+    os.environ.update(native.environment())
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import argparse

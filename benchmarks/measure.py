@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 HERE = Path(__file__).resolve().parent
-# As launch.py has it for itself; read by the C library before a process begins.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+sys.path.insert(0, str(HERE.parent))
+
+from mobilevit_jax import native  # noqa: E402
 
 K = TypeVar("K")
 
@@ -40,6 +41,11 @@ def by_turns(
             taken[name].append(runs[name]())
         done += 1
     return taken
+
+
+def environment() -> dict[str, str]:
+    """That of a process as launch.py begins one; what is there already is left alone."""
+    return dict(os.environ) | ({} if "GLIBC_TUNABLES" in os.environ else native.environment())
 
 
 def timed(call: Callable[[], Any]) -> float:

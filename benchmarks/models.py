@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 import safetensors.numpy  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from mobilevit_jax import build, report, tree  # noqa: E402
+from mobilevit_jax import build, native, report, tree  # noqa: E402
 from mobilevit_jax.models import zoo  # noqa: E402
 from mobilevit_jax.tools import convert, names, pretrained  # noqa: E402
 from tests.weights import random_variables  # noqa: E402
@@ -72,9 +72,11 @@ class Process:
         environment = os.environ | {
             "JAX_PLATFORMS": job.device,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # others want of the GPU's memory too
-            "GLIBC_TUNABLES": measure.HUGE_PAGES if huge_pages else "",
+            "GLIBC_TUNABLES": native.HUGE_PAGES if huge_pages else "",
             "HF_HUB_OFFLINE": "1",
         }
+        if huge_pages and job.system == "ours":
+            environment |= native.environment()  # as launch.py does
         self._errors = Path(job.directory) / f"{job.system}.log"
         command = [sys.executable, str(measure.HERE / "models_peers.py"), json.dumps(job._asdict())]
         with self._errors.open("wb") as errors:

@@ -163,9 +163,8 @@ def child(part: str, devices: int, args: argparse.Namespace) -> list[dict]:
     if part == "memory":
         # Plans are made before the code is; the code is not run.
         flags += " --xla_backend_optimization_level=0"
-    environment = os.environ | {
+    environment = measure.environment() | {
         "XLA_FLAGS": flags,
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", measure.HUGE_PAGES),
     }
     command = [sys.executable, __file__, *sys.argv[1:], f"--part={part}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -9,7 +9,6 @@ step. The first of a pair finds the compilation cache empty, the second finds wh
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -73,8 +72,7 @@ def start(network: str, batch_size: int, dtype: str, began: float) -> dict[str, 
 
 def begin(network: str, args: argparse.Namespace, cache: str) -> dict[str, float]:
     """Starts a process with a compilation cache, and gives what it measured."""
-    environment = os.environ | {
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", measure.HUGE_PAGES),
+    environment = measure.environment() | {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # as launch.py has it
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -16,8 +16,10 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from mobilevit_jax.models import kernels
 from mobilevit_jax.models.convolution import pointwise_conv
-from mobilevit_jax.models.layers import Conv, Linear, PointwiseWeights, add_bias
+from mobilevit_jax.models.kernels import Finish
+from mobilevit_jax.models.layers import Conv, Linear, PointwiseWeights
 
 PATCH = 2  # pixels along each side of a patch
 
@@ -48,9 +50,9 @@ class SeparableSelfAttention(nn.Module):
         batch, height, width, features = source.shape
         patches = (batch, height // PATCH, PATCH, width // PATCH)  # b nh ph nw; pw stays with d
         weights = PointwiseWeights(1 + 2 * features, weight_init=self.weight_init, name="qkv")
-        kernels, biases = (jnp.split(w, (1, 1 + features), axis=-1) for w in weights(features))
+        matrices, biases = (jnp.split(w, (1, 1 + features), axis=-1) for w in weights(features))
 
-        query = add_bias(pointwise_conv(source, kernels[0].astype(self.dtype)), biases[0])
+        query = pointwise_conv(source, matrices[0].astype(self.dtype), Finish(shift=biases[0]))
         query = query.reshape(*patches, PATCH).astype(jnp.float32)
         scores = jax.nn.softmax(query, axis=(1, 3)).reshape(batch, height, width)
         if not self.is_initializing():  # then every collection is mutable
@@ -60,11 +62,12 @@ class SeparableSelfAttention(nn.Module):
         # average token: one key per pixel position, where all keys were a third of this layer.
         average = (source * scores[..., None]).reshape(*patches, -1).sum((1, 3))  # b ph (pw d)
         average = average.reshape(batch, PATCH * PATCH, features)
-        context = pointwise_conv(average, kernels[1]) + biases[1]
+        context = pointwise_conv(average, matrices[1]) + biases[1]
         context = context.reshape(batch, 1, PATCH, 1, -1)  # b 1 ph 1 (pw d)
 
-        value = add_bias(pointwise_conv(x, kernels[2].astype(self.dtype)), biases[2])
-        y = nn.relu(value).reshape(batch, x.shape[1] // PATCH, PATCH, x.shape[2] // PATCH, -1)
+        finish = Finish(shift=biases[2], activation=nn.relu)
+        value = pointwise_conv(x, matrices[2].astype(self.dtype), finish)
+        y = value.reshape(batch, x.shape[1] // PATCH, PATCH, x.shape[2] // PATCH, -1)
         # The context stays float32: its gradient is a sum over all patches.
         y = (y * context).astype(self.dtype).reshape(x.shape)
         out = Conv(
@@ -97,11 +100,14 @@ class MultiHeadSelfAttention(nn.Module):
         Raises ValueError where the heads cannot share the channels equally.
         """
         linear = functools.partial(Linear, weight_init=self.weight_init, dtype=self.dtype)
+        _check_heads(self.heads, x.shape[-1])
         qkv = linear(3 * x.shape[-1], name="qkv")(x)
-        query, key, value = _split_tokens(qkv, heads=self.heads)
-        y, scores = _dot_product_attention(query, key, value)
+        out = linear(x.shape[-1], name="out")
+        if kernels.serve(qkv) and not self.is_mutable_collection("attention"):
+            return out(_attention_by_kernel(qkv, self.heads))
+        y, scores = _attention(qkv, self.heads)
         _sow_scores(self, scores, heads=self.heads)
-        return linear(x.shape[-1], name="out")(_merge_tokens(y, like=x))
+        return out(y)
 
 
 class LinformerSelfAttention(nn.Module):
@@ -135,6 +141,7 @@ class LinformerSelfAttention(nn.Module):
                     f"linformer attention was built for {built} patches and this map has "
                     f"{tokens}: use images of the size that the network was built for"
                 )
+        _check_heads(self.heads, x.shape[-1])
         qkv = linear(3 * x.shape[-1], name="qkv")(x)
         query, key, value = _split_tokens(qkv, heads=self.heads)
         along_tokens = functools.partial(linear, self.latents, use_bias=False)
@@ -142,7 +149,37 @@ class LinformerSelfAttention(nn.Module):
         value = along_tokens(name="value_tokens")(value.swapaxes(2, 3)).swapaxes(2, 3)
         y, scores = _dot_product_attention(query, key, value)
         _sow_scores(self, scores, heads=self.heads)
-        return linear(x.shape[-1], name="out")(_merge_tokens(y, like=x))
+        return linear(x.shape[-1], name="out")(_merge_tokens(y, size=x.shape))
+
+
+def _check_heads(heads: int, channels: int) -> None:
+    if channels % heads:
+        raise ValueError(f"heads is {heads}; use a divisor of {channels}, the channels of a token")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attention_by_kernel(qkv: Array, heads: int) -> Array:
+    return kernels.attention(qkv, heads=heads)
+
+
+def _attention_forward(qkv: Array, heads: int) -> tuple[Array, Array]:
+    return _attention_by_kernel(qkv, heads), qkv
+
+
+def _attention_backward(heads: int, qkv: Array, cotangent: Array) -> tuple[Array]:
+    return jax.vjp(lambda qkv: _attention(qkv, heads)[0], qkv)[1](cotangent)
+
+
+_attention_by_kernel.defvjp(_attention_forward, _attention_backward)
+
+
+def _attention(
+    qkv: Float[Array, "b h w c"], heads: int
+) -> tuple[Float[Array, "b h w d"], Float[Array, "bp hp n m"]]:
+    """Attended values as a map, and the scores."""
+    y, scores = _dot_product_attention(*_split_tokens(qkv, heads=heads))
+    size = (*qkv.shape[:3], qkv.shape[3] // 3)
+    return _merge_tokens(y, size=size), scores
 
 
 def _split_tokens(
@@ -155,23 +192,17 @@ def _split_tokens(
     No tensor has more than four axes, since some export formats allow no more than five.
     """
     batch, height, _, channels = qkv.shape
-    if channels % (3 * heads):
-        raise ValueError(
-            f"heads is {heads}; use a divisor of {channels // 3}, the channels of a token"
-        )
     x = qkv.reshape(batch, height // PATCH, PATCH, -1).swapaxes(1, 2)  # b ph nh (nw pw c)
     x = x.reshape(batch * PATCH, -1, PATCH, channels)  # (b ph) n pw c
     parts = (part.reshape(*x.shape[:2], PATCH * heads, -1) for part in jnp.split(x, 3, axis=-1))
     return tuple(part.swapaxes(1, 2) for part in parts)  # (b ph) (pw heads) n dh
 
 
-def _merge_tokens(
-    y: Float[Array, "bp hp n dh"], *, like: Float[Array, "b h w d"]
-) -> Float[Array, "b h w d"]:
+def _merge_tokens(y: Float[Array, "bp hp n dh"], *, size: tuple) -> Float[Array, "b h w d"]:
     """The reverse of `_split_tokens` for one of its parts."""
-    batch, height, _, _ = like.shape
+    batch, height, _, _ = size
     y = y.swapaxes(1, 2).reshape(batch, PATCH, height // PATCH, -1)  # b ph nh (nw pw d)
-    return y.swapaxes(1, 2).reshape(like.shape)
+    return y.swapaxes(1, 2).reshape(size)
 
 
 def _dot_product_attention(

@@ -14,6 +14,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from mobilevit_jax.models import kernels
+from mobilevit_jax.models.kernels import Finish
+
+PLAIN = Finish()  # nothing follows
+
 
 def conv(
     x: Float[Array, "b h w c"],
@@ -22,8 +27,15 @@ def conv(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
+    finish: Finish = PLAIN,
 ) -> Float[Array, "b oh ow d"]:
-    """XLA's convolution with an odd-sized kernel: `oh = ceil(h / stride)`, zeros outside."""
+    """Convolution with an odd-sized kernel, finished: `oh = ceil(h / stride)`, zeros outside."""
+    if groups == 1 and kernels.serve(x, kernel, *finish[:2]):
+        return kernels.conv(x, kernel, finish, stride=stride, dilation=dilation)
+    return finish(_conv(x, kernel, stride=stride, dilation=dilation, groups=groups))
+
+
+def _conv(x: Array, kernel: Array, *, stride: int, dilation: int, groups: int) -> Array:
     pad = _padding(kernel, dilation)
     return lax.conv_general_dilated(
         x,
@@ -36,25 +48,37 @@ def conv(
     )
 
 
-def pointwise_conv(x: Float[Array, "*b c"], kernel: Float[Array, "c d"]) -> Float[Array, "*b d"]:
-    """1x1 convolution, as one matrix product over all positions.
+def pointwise_conv(
+    x: Float[Array, "*b c"], kernel: Float[Array, "c d"], finish: Finish = PLAIN
+) -> Float[Array, "*b d"]:
+    """1x1 convolution, as one matrix product over all positions, finished.
 
     Flat, the kernel's gradient contracts axis 0 with axis 0. Over the map's own axes XLA would
     write transposed copies of both activations on a CPU.
     """
+    if kernel.shape[1] > 1 and kernels.serve(x, kernel, *finish[:2]):
+        return kernels.pointwise_conv(x, kernel, finish)
     flat = x.reshape(-1, x.shape[-1])  # (b h w) c
-    return (flat @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    return finish((flat @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]))
 
 
 def depthwise_conv(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int, dilation: int
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k 1 c"],
+    *,
+    stride: int,
+    dilation: int,
+    finish: Finish = PLAIN,
 ) -> Float[Array, "b oh ow c"]:
     """Convolve every channel with its own odd-sized kernel: `oh = ceil(h / stride)`, zeros outside.
 
-    On a CPU: shifted multiply-adds, and a gradient written by hand. Elsewhere: XLA's grouped
-    convolution. Sums in float32. Can be differentiated in reverse mode only.
+    On a CPU: a kernel of our own or, where there is none, shifted multiply-adds and a gradient
+    written by hand. Elsewhere: XLA's grouped convolution. Sums in float32. Can be differentiated in
+    reverse mode only.
     """
-    return _depthwise(x, kernel, stride, dilation)
+    if kernel.shape[0] in kernels.DEPTHWISE_SIZES and kernels.serve(x, kernel, *finish[:2]):
+        return kernels.depthwise_conv(x, kernel, finish, stride=stride, dilation=dilation)
+    return finish(_depthwise(x, kernel, stride, dilation))
 
 
 # The choice sits inside the custom gradient: differentiating through platform_dependent would keep
@@ -66,7 +90,7 @@ def _depthwise(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
         x,
         kernel,
         cpu=functools.partial(_depthwise_taps, **options),
-        default=functools.partial(conv, **options, groups=x.shape[-1]),
+        default=functools.partial(_conv, **options, groups=x.shape[-1]),
     )
 
 
@@ -90,7 +114,7 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 def _depthwise_xla_gradient(
     x: Array, kernel: Array, cotangent: Array, *, stride: int, dilation: int
 ) -> tuple[Array, Array]:
-    grouped = functools.partial(conv, stride=stride, dilation=dilation, groups=x.shape[-1])
+    grouped = functools.partial(_conv, stride=stride, dilation=dilation, groups=x.shape[-1])
     return jax.vjp(grouped, x, kernel)[1](cotangent)
 
 

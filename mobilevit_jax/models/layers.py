@@ -15,13 +15,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from mobilevit_jax.models import kernels
 from mobilevit_jax.models.convolution import conv, depthwise_conv, pointwise_conv
+from mobilevit_jax.models.kernels import Activation, Finish
 
 STAGES = ("stem", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5")  # of every network
 NORM_EPSILON = 1e-5
+LARGE_MAP = 2**16  # floats of an image's expanded map, from which on it is kept in the cache
 BATCH_NORM_MOMENTUM = 0.9  # PyTorch calls the same thing momentum 0.1
 
-Activation = Callable[[Array], Array]
 Initializer = Callable[..., Array]
 
 
@@ -168,15 +170,6 @@ def run_stage(
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def add_bias(x: Float[Array, "*n c"], bias: Float[Array, " c"]) -> Float[Array, "*n c"]:
-    """Add a float32 bias and return the dtype of `x`.
-
-    The sum is formed in float32, since the bias's gradient is a sum over all positions in the type
-    that it was added in: in bfloat16, a thousand equal terms may come to less than a tenth of it.
-    """
-    return (x + bias).astype(x.dtype)
-
-
 class Conv(nn.Module):
     """Square convolution with zeros around the map: `h -> ceil(h / stride)`.
 
@@ -191,12 +184,15 @@ class Conv(nn.Module):
     dilation: int = 1
     groups: int = 1
     use_bias: bool = False
+    activation: Activation | None = None
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b *n c"]) -> Float[Array, "b *m d"]:
-        """Convolve."""
+    def __call__(
+        self, x: Float[Array, "b *n c"], finish: Finish | None = None
+    ) -> Float[Array, "b *m d"]:
+        """Convolve, and add the bias and activate; or finish as the norm that follows wants it."""
         channels, area = x.shape[-1], self.kernel_size**2
         # fan_out counts all output channels, groups or not, as the published code does.
         kernel_init, bias_init = conv_inits(
@@ -205,15 +201,16 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, channels // self.groups, self.features)
         kernel = self.param("kernel", kernel_init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.kernel_size == self.stride == self.groups == 1:
-            x = pointwise_conv(x, kernel[0, 0])
-        elif self.groups == channels == self.features:
-            x = depthwise_conv(x, kernel, stride=self.stride, dilation=self.dilation)
-        else:
-            x = conv(x, kernel, stride=self.stride, dilation=self.dilation, groups=self.groups)
+        if finish is None:
+            finish = Finish(activation=self.activation)
         if self.use_bias:
-            x = add_bias(x, self.param("bias", bias_init, (self.features,)))
-        return x
+            finish = finish._replace(shift=self.param("bias", bias_init, (self.features,)))
+        if self.kernel_size == self.stride == self.groups == 1:
+            return pointwise_conv(x, kernel[0, 0], finish)
+        options = {"stride": self.stride, "dilation": self.dilation, "finish": finish}
+        if self.groups == channels == self.features:
+            return depthwise_conv(x, kernel, **options)
+        return conv(x, kernel, groups=self.groups, **options)
 
 
 class PointwiseWeights(nn.Module):
@@ -235,19 +232,21 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = True
+    activation: Activation | None = None
     weight_init: str = "torch"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-        """Multiply and add the bias."""
+        """Multiply, add the bias, activate."""
         shape = (x.shape[-1], self.features)
         init = _linear_init(self.weight_init, fan_in=shape[0], fan_out=shape[1])
         kernel = self.param("kernel", init, shape).astype(self.dtype)
-        x = pointwise_conv(x.astype(self.dtype), kernel)
+        finish = Finish(activation=self.activation)
         if self.use_bias:
-            x = add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
-        return x
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            finish = finish._replace(shift=bias)
+        return pointwise_conv(x.astype(self.dtype), kernel, finish)
 
 
 class BatchNorm(nn.Module):
@@ -263,21 +262,28 @@ class BatchNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b *n c"], *, train: bool) -> Float[Array, "b *n c"]:
+    def __call__(
+        self, x: Float[Array, "b *n c"], *, train: bool, after: Conv | None = None
+    ) -> Float[Array, "b *m d"]:
         """Normalise with the batch's statistics when `train`, else with the running ones.
 
-        Raises ValueError when training on one value per channel, whose variance is undefined.
+        What is normalised is x or, `after` a convolution, what that makes of it: at inference,
+        norm and activation are how it finishes. Raises ValueError when training on one value per
+        channel, whose variance is undefined.
         """
-        features = x.shape[-1:]
+        features = x.shape[-1:] if after is None else (after.features,)
         scale = self.param("scale", nn.initializers.ones, features)
         bias = self.param("bias", nn.initializers.zeros, features)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_variance = self.variable("batch_stats", "var", jnp.ones, features)
         x = x.astype(self.dtype)
         if not train:
-            y = _affine(x, running_mean.value, running_variance.value, scale, bias)
-            return y if self.activation is None else self.activation(y)
+            finish = _running(
+                scale, bias, running_mean.value, running_variance.value, self.activation
+            )
+            return finish(x) if after is None else after(x, finish)
 
+        x = x if after is None else after(x)
         count = x.size // x.shape[-1]
         if count == 1:
             raise ValueError(
@@ -291,6 +297,14 @@ class BatchNorm(nn.Module):
             running_mean.value = keep * running_mean.value + (1 - keep) * mean.reshape(features)
             running_variance.value = keep * running_variance.value + (1 - keep) * variance
         return y
+
+
+def _running(
+    scale: Array, bias: Array, mean: Array, var: Array, activation: Activation | None
+) -> Finish:
+    """A norm with running statistics, as a convolution finishes with it."""
+    scale = scale * lax.rsqrt(var + NORM_EPSILON)
+    return Finish(scale, bias - mean * scale, activation)
 
 
 class GroupNorm(nn.Module):
@@ -349,6 +363,8 @@ def _norm(
 
     Statistics are float32. No gradient flows through the ones returned.
     """
+    if activation in kernels.ACTIVATIONS and kernels.serve(x, scale, bias):
+        return kernels.norm(x, scale, bias, axes, activation, epsilon=NORM_EPSILON)
     mean = x.mean(axes, dtype=jnp.float32, keepdims=True)
     # In two passes: a difference of large squares would lose the digits of a small variance.
     variance = jnp.square(x - mean).mean(axes, keepdims=True)
@@ -367,6 +383,9 @@ def _norm_backward(
     axes: tuple[int, ...], activation: Activation | None, residuals: tuple, cotangents: tuple
 ) -> tuple[Array, Array, Array]:
     x, scale, bias, mean, variance = residuals
+    if activation in kernels.ACTIVATIONS and kernels.serve(x, scale, bias):
+        options = {"axes": axes, "activation": activation, "epsilon": NORM_EPSILON}
+        return kernels.norm_gradients(residuals, cotangents[0], **options)
     # Without the barrier XLA recognises the forward pass below and keeps its intermediate results.
     x, cotangent = lax.optimization_barrier((x, cotangents[0]))
     if activation is not None:
@@ -409,7 +428,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b oh ow d"]:
         """Convolve, normalise, activate."""
-        x = Conv(
+        conv = Conv(
             self.features,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -418,8 +437,15 @@ class ConvNorm(nn.Module):
             weight_init=self.weight_init,
             dtype=self.dtype,
             name="conv",
-        )(x)
-        return BatchNorm(self.activation, dtype=self.dtype, name="norm")(x, train=train)
+        )
+        norm = BatchNorm(self.activation, dtype=self.dtype, name="norm")
+        return norm(x, train=train, after=conv)
+
+    def at_inference(self) -> tuple[Float[Array, "k k i d"], Finish]:
+        """The kernel, and how it finishes at inference, for what does several layers at once."""
+        params, statistics = self.variables["params"], self.variables["batch_stats"]["norm"]
+        finish = _running(**params["norm"], **statistics, activation=self.activation)
+        return params["conv"]["kernel"], finish
 
 
 class InvertedResidual(nn.Module):
@@ -446,6 +472,20 @@ class InvertedResidual(nn.Module):
             hidden, stride=self.stride, groups=hidden, activation=self.activation, name="depthwise"
         )
         project = layer(self.features, kernel_size=1, name="project")
+        residual = self.stride == 1 and x.shape[-1] == self.features
+        if not train and not self.is_initializing() and self._as_one(x, hidden):
+            layers = [each.at_inference() for each in (expand, depthwise, project)]
+            layers = [
+                (kernel if i == 1 else kernel[0, 0], finish)
+                for i, (kernel, finish) in enumerate(layers)
+            ]
+            return kernels.inverted_residual(x, layers, stride=self.stride, residual=residual)
         y = x if self.expansion == 1 else expand(x, train=train)
         y = project(depthwise(y, train=train), train=train)
-        return x + y if self.stride == 1 and x.shape == y.shape else y
+        return x + y if residual else y
+
+    def _as_one(self, x: Array, hidden: int) -> bool:
+        """Whether a kernel does all three, to keep an expanded map in the cache that is large."""
+        large = math.prod(x.shape[1:-1]) * hidden >= LARGE_MAP
+        known = self.expansion != 1 and self.activation in kernels.ACTIVATIONS
+        return large and known and self.dtype == jnp.float32 and kernels.serve(x)

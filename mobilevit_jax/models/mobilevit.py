@@ -63,8 +63,8 @@ class TransformerLayer(nn.Module):
         x = x + dropout()(y)
 
         y = LayerNorm(dtype=self.dtype, name="norm_2")(x)
-        y = Linear(2 * features, **options, name="ffn_1")(y)
-        y = Linear(features, **options, name="ffn_2")(jax.checkpoint(nn.silu)(y))
+        y = Linear(2 * features, activation=nn.silu, **options, name="ffn_1")(y)
+        y = Linear(features, **options, name="ffn_2")(y)
         return x + dropout()(y)
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -60,9 +59,9 @@ class AttentionLayer(nn.Module):
 
         hidden = 2 * x.shape[-1] // 16 * 16
         y = GroupNorm(dtype=self.dtype, name="norm_2")(x)
-        y = Conv(hidden, kernel_size=1, use_bias=True, **options, name="ffn_1")(y)
-        y = jax.checkpoint(nn.silu)(y)  # its gradient needs y, not also the sigmoid
-        y = Conv(x.shape[-1], kernel_size=1, use_bias=True, **options, name="ffn_2")(y)
+        conv = functools.partial(Conv, kernel_size=1, use_bias=True, **options)
+        y = conv(hidden, activation=nn.silu, name="ffn_1")(y)
+        y = conv(x.shape[-1], name="ffn_2")(y)
         return x + nn.Dropout(self.dropout, deterministic=not train)(y)
 
 

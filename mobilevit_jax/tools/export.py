@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mobilevit_jax import build, report, steps
 from mobilevit_jax.data import transforms
-from mobilevit_jax.models import zoo
+from mobilevit_jax.models import kernels, zoo
 from mobilevit_jax.models.folding import fold_norms
 from mobilevit_jax.tools import compare, coreml, files, formats, litert, onnx_graph, pretrained
 
@@ -193,12 +193,16 @@ def _resized(loaded: pretrained.Loaded, size: tuple[int, int] | None) -> pretrai
 def inference(
     model: zoo.nn.Module, variables: Any, spec: transforms.InputSpec, *, raw_input: bool
 ) -> Callable[[jax.Array], jax.Array]:
-    """The function from images, uint8 RGB with `raw_input` or else normalised, to logits."""
+    """The function from images, uint8 RGB with `raw_input` or else normalised, to logits.
+
+    In it are XLA's operations only: no other program knows our kernels.
+    """
     variables = jax.tree.map(jnp.asarray, variables)
 
     def run(image: jax.Array) -> jax.Array:
         x = steps.normalize(image, spec) if raw_input else image
-        outputs: Any = model.apply(variables, x)
+        with kernels.use(False):
+            outputs: Any = model.apply(variables, x)
         return outputs["logits"]
 
     return run
