@@ -1,21 +1,21 @@
 """What the project sets for itself on a CPU, each against doing without: by turns, in one process.
 
-Inference and the train step: matrix products by XLA or by YNNPACK, and vectors of 512 or 256 bits
+Inference and the train step: with the kernels for CPUs (models/kernels.py) or with XLA's layers,
+and of these matrix products by XLA or by YNNPACK, and vectors of 512 or 256 bits
 (devices.compiler_options). Inference, too: a batch in parts of two images or at once
 (devices.images_at_a_time). The train step, too: reductions by YNNPACK or XLA. All compute the same
 up to rounding, which is checked first.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
-        python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
+    python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
 """
 
 import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -25,35 +25,48 @@ import ours
 from rich.console import Console
 
 from mobilevit_jax import devices, report
-from mobilevit_jax.models import zoo
+from mobilevit_jax.models import kernels, zoo
 from mobilevit_jax.tools import predict, pretrained
 
 KINDS = ("INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "REDUCE")
 PRODUCTS = {devices.YNNPACK: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in KINDS)}
-# Options in place of the project's, and whether a batch is worked on in parts.
-SETTINGS: dict[str, dict[str, tuple[dict[str, Any], bool]]] = {
+
+
+class Setting(NamedTuple):
+    """What is in place of the project's own choice."""
+
+    kernels: bool = True
+    parts: bool = True  # a batch is worked on in parts
+    options: Mapping[str, Any] = {}  # of the compiler
+
+
+SETTINGS: dict[str, dict[str, Setting]] = {
     "inference": {
-        "as it is": ({}, True),
-        "YNNPACK's products": (PRODUCTS, True),
-        "vectors of 256 bits": ({devices.VECTORS: 256}, True),
-        "a batch at once": ({}, False),
+        "as it is": Setting(),
+        "a batch at once": Setting(parts=False),
+        "XLA's layers": Setting(kernels=False),
+        "… a batch at once": Setting(kernels=False, parts=False),
+        "… YNNPACK's products": Setting(kernels=False, options=PRODUCTS),
+        "… vectors of 256 bits": Setting(kernels=False, options={devices.VECTORS: 256}),
     },
     "train": {
-        "as it is": ({}, True),
-        "YNNPACK's products": (PRODUCTS, True),
-        "vectors of 256 bits": ({devices.VECTORS: 256}, True),
-        "no YNNPACK": ({devices.YNNPACK: ""}, True),
+        "as it is": Setting(),
+        "XLA's layers": Setting(kernels=False),
+        "… YNNPACK's products": Setting(kernels=False, options=PRODUCTS),
+        "… vectors of 256 bits": Setting(kernels=False, options={devices.VECTORS: 256}),
+        "… no YNNPACK": Setting(kernels=False, options={devices.YNNPACK: ""}),
     },
 }
 
 
 def call(network: str, batch_size: int, mode: str, setting: str) -> Callable[[], Any]:
     """The program of one setting, compiled, as a call that waits for what it gives."""
-    others, parts = SETTINGS[mode][setting]
-    options = (devices.compiler_options() or {}) | others
-    part = devices.images_at_a_time() if parts else None
+    chosen = SETTINGS[mode][setting]
+    options = (devices.compiler_options() or {}) | chosen.options
+    part = devices.images_at_a_time() if chosen.parts else None
     size = zoo.ZOO[network].size
     with (
+        kernels.use(chosen.kernels),
         mock.patch.object(devices, "compiler_options", lambda: options),
         mock.patch.object(devices, "images_at_a_time", lambda *_: part),
     ):

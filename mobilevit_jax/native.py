@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 BLOCKS = pathlib.Path(__file__).with_name("blocks.c")
+BLOCKS_FLAGS = ("-O2", "-lpthread", "-ldl")
 COMPILERS = {".c": ("CC", "cc", "gcc", "clang"), ".cc": ("CXX", "c++", "g++", "clang++")}
 
 
@@ -33,7 +34,7 @@ def environment() -> dict[str, str]:
     variables = {"GLIBC_TUNABLES": HUGE_PAGES}
     if platform.libc_ver()[0] == "glibc":
         try:
-            preload = [str(compiled(BLOCKS, ["-O2", "-lpthread", "-ldl"]))]
+            preload = [str(compiled(BLOCKS, BLOCKS_FLAGS))]
         except BuildError:
             return variables
         if "LD_PRELOAD" in os.environ:

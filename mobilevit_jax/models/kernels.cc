@@ -898,20 +898,26 @@ inline Vector sum_of(const Groups& all_rows, int64_t unit, int64_t c, Value valu
 ffi::Error moments(ffi::ThreadPool pool, Floats x, Result mean, Result variance) {
   const Groups rows(x.dimensions());
   const int64_t channels = rows.channels, some = std::min<int64_t>(channels, LANES);
-  std::vector<float> means(rows.units() * channels), squares(rows.units() * channels);
+  const int64_t size = rows.units() * channels;
+  std::vector<float> means(size), offsets(size), squares(size);  // an offset is a mean's rest
   const float* data = x.typed_data();
   parallel(pool, rows.units(), [&](int64_t unit) {
     for (int64_t block = 0; block < ceil_div(channels, LANES); ++block) {
       const int64_t c = begin_of(block, channels), at = unit * channels + c;
       const Vector total =
           sum_of(rows, unit, c, [&](int64_t place) { return load(data + place, some); });
-      const Vector middle = total / static_cast<float>(rows.count(unit));
+      const float count = rows.count(unit);
+      const Vector middle = total / count;
+      // What rounding made of the mean shows in the sum of the distances, which would be zero.
+      Vector offset{};
       const Vector square = sum_of(rows, unit, c, [&](int64_t place) {
         const Vector distance = load(data + place, some) - middle;
+        offset += distance;
         return distance * distance;
       });
       store(&means[at], middle, some);
-      store(&squares[at], square, some);
+      store(&offsets[at], offset / count, some);
+      store(&squares[at], square - offset * offset / count, some);
     }
   });
   for (int64_t group = 0; group < rows.groups; ++group)
@@ -919,9 +925,10 @@ ffi::Error moments(ffi::ThreadPool pool, Floats x, Result mean, Result variance)
       double count = 0, middle = 0, square = 0;
       for (int64_t unit = group * rows.chunks; unit < (group + 1) * rows.chunks; ++unit) {
         const double more = rows.count(unit), sum = count + more;
-        const double distance = means[unit * channels + c] - middle;
+        const int64_t at = unit * channels + c;
+        const double distance = means[at] - middle + offsets[at];
         middle += distance * more / sum;
-        square += squares[unit * channels + c] + distance * distance * count * more / sum;
+        square += squares[at] + distance * distance * count * more / sum;
         count = sum;
       }
       mean->typed_data()[group * channels + c] = static_cast<float>(middle);

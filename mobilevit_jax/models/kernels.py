@@ -18,7 +18,9 @@ import logging
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -37,21 +39,31 @@ SWITCH = "MOBILEVIT_KERNELS"  # environment variable; "off" does without
 # By their numbers in kernels.cc.
 ACTIVATIONS: tuple[Activation | None, ...] = (None, nn.silu, nn.relu, nn.relu6, nn.hard_swish)
 DEPTHWISE_SIZES = (3, 5)
-HANDLERS = (
-    "Matmul",
-    "MatmulKernelGradient",
-    "Convolution",
-    "ConvolutionKernelGradient",
-    "Attention",
-    "Depthwise",
-    "InvertedResidual",
-    "DepthwiseInputGradient",
-    "DepthwiseKernelGradient",
-    "Moments",
-    "Affine",
-    "NormGradientSums",
-    "NormGradient",
-)  # fmt: skip
+# The kernels, and additions and multiplications of a call by the shapes of operands and result;
+# those of norms, finishes and softmax are left out.
+HANDLERS: Mapping[str, Callable[[Sequence[tuple[int, ...]], tuple[int, ...]], int]] = {
+    "Matmul": lambda x, y: 2 * prod(y) * x[1][0],
+    "MatmulKernelGradient": lambda x, y: 2 * prod(y) * x[0][0],
+    "Convolution": lambda x, y: 2 * prod(y) * prod(x[1][:3]),
+    "ConvolutionKernelGradient": lambda x, y: 2 * prod(x[1]) * prod(y[:3]),
+    "Attention": lambda x, y: prod(y) * prod(y[1:3]),
+    "Depthwise": lambda x, y: 2 * prod(y) * prod(x[1][:2]),
+    "DepthwiseInputGradient": lambda x, y: 2 * prod(x[0]) * prod(x[1][:2]),
+    "DepthwiseKernelGradient": lambda x, y: 2 * prod(x[1]) * prod(y[1:3]),
+    "InvertedResidual": lambda x, y: (
+        2 * (prod(x[0][:3]) * prod(x[1]) + prod(y[:3]) * (prod(x[4]) + prod(x[7])))
+    ),
+    "Moments": lambda x, y: 0,
+    "Affine": lambda x, y: 0,
+    "NormGradientSums": lambda x, y: 0,
+    "NormGradient": lambda x, y: 0,
+}
+# A call in the text of a compiled program: result, handler, operands.
+_CALL = re.compile(
+    r"= (\S+) custom-call\([^\n]*?custom_call_target=\"mobilevit_jax\.kernels-\w+\.(\w+)\", "
+    r"operand_layout_constraints={(.*?)}, api_version"
+)
+_SHAPE = re.compile(r"f32\[([\d,]*)\]")
 # Into so many parts, at least, the rows of a batch are divided for a depthwise kernel's gradient:
 # sums of their own, which the threads share, so not a number that depends on them.
 PARTS = 16
@@ -118,6 +130,18 @@ def library() -> Library:
         capsule = jax.ffi.pycapsule(getattr(loaded, handler))
         jax.ffi.register_ffi_target(prefix + handler, capsule, platform="cpu")
     return Library(prefix)
+
+
+def flops(program: str) -> int:
+    """Additions and multiplications of the kernels in a compiled program, given as its text."""
+    total = 0
+    for result, handler, operands in _CALL.findall(program):
+        shapes = [
+            tuple(int(size) for size in sizes.split(",") if size)
+            for sizes in _SHAPE.findall(operands + result)
+        ]
+        total += HANDLERS[handler](shapes[:-1], shapes[-1])
+    return total
 
 
 def _calls(

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 
+from mobilevit_jax import native
 from mobilevit_jax.data import pipeline
+from mobilevit_jax.models import kernels
 
 REQUIRED = (
     "jax",
@@ -56,7 +58,7 @@ def _version(distribution: str) -> str | None:
 
 
 def examine() -> list[Finding]:
-    """Looks at packages, devices, memory, caches and data; changes nothing."""
+    """Looks at packages, devices, memory, caches and data; changes nothing but the caches."""
     findings = [Finding(True, "python", f"{platform.python_version()} on {platform.platform()}")]
     for name in REQUIRED:
         version = _version(name)
@@ -69,6 +71,9 @@ def examine() -> list[Finding]:
     findings.append(Finding(True, "devices", f"{jax.device_count()}: {kinds}"))
     findings.append(Finding(True, "cores", str(pipeline.cores())))
     findings.append(Finding(True, "huge pages", _huge_pages()))
+    kept = native.BLOCKS.stem in os.environ.get("LD_PRELOAD", "")
+    findings.append(Finding(True, "large blocks", "kept" if kept else "given back after each step"))
+    findings.append(Finding(True, "CPU kernels", kernels.library().reason or "compiled"))
 
     cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
     try:
