@@ -246,15 +246,17 @@ class Helpers {
   std::atomic<bool> open_{false};
 };
 
-// As many threads as XLA has, with the one that asks; they live as long as the process.
-Helpers& helpers(int64_t threads) {
-  static Helpers* shared = new Helpers(std::max<int64_t>(threads, 1) - 1);
+// As many threads as XLA has, with the one that asks.
+int64_t threads_of(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
+
+Helpers& helpers(int64_t count) {
+  static Helpers* shared = new Helpers(count);  // as long as the process: they never return
   return *shared;
 }
 
 template <typename Body>
 void parallel(ffi::ThreadPool& pool, int64_t units, const Body& body) {
-  helpers(pool.num_threads()).run(units, body);
+  helpers(threads_of(pool) - 1).run(units, body);
 }
 
 // Memory of this thread's own, of at least so many floats, in whole cache lines.
@@ -405,7 +407,7 @@ void product(ffi::ThreadPool& pool, const Lines& a, const std::vector<int64_t>& 
              const float* kernel, const Finish& finish, float* to, int64_t features) {
   const int64_t panels = ceil_div(features, COLUMNS);
   const int64_t blocks = std::clamp<int64_t>(a.rows / BLOCK, 1, a.count);
-  const int64_t groups = std::min(panels, ceil_div(UNITS_EACH * pool.num_threads(), blocks));
+  const int64_t groups = std::min(panels, ceil_div(UNITS_EACH * threads_of(pool), blocks));
   parallel(pool, blocks * groups, [&](int64_t unit) {
     const int64_t group = unit % groups, block = unit / groups;
     product_of(a, block * a.count / blocks, (block + 1) * a.count / blocks, taps, depth, kernel,
@@ -425,7 +427,7 @@ void transposed_product(ffi::ThreadPool& pool, const Lines& a, const std::vector
   const int64_t tap_count = taps.size(), size = tap_count * depth * features;
   const int64_t parts = std::clamp<int64_t>(a.rows / ROWS_OF_PART, 1, std::min(PARTS, a.count));
   const int64_t shares =
-      std::min(tiles, ceil_div(2 * std::max<int64_t>(pool.num_threads(), 1), tap_count * parts));
+      std::min(tiles, ceil_div(2 * threads_of(pool), tap_count * parts));
   const int64_t most = CHUNK + a.length;
   const std::vector<int64_t> one_tap = {0};
   float* partial = parts == 1 ? to : scratch(2, parts * size);
@@ -742,7 +744,7 @@ ffi::Error inverted_residual(ffi::ThreadPool pool, Floats x, Floats expand, Floa
   };
   const Window<3> window(inside(in), inside(out), stride, 1);
   const int64_t fit = (CACHE / (in.width * hidden) - 3) / stride + 1;
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t threads = threads_of(pool);
   int64_t blocks = ceil_div(out.height, std::clamp<int64_t>(fit, 1, out.height));
   blocks = std::min(ceil_div(blocks * in.images, threads) * threads, out.height * in.images);
   blocks = std::min(ceil_div(blocks, in.images), out.height);  // of an image

@@ -14,6 +14,7 @@ compiled with a kernel names it, so the names hold a digest of the source.
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -117,7 +118,10 @@ def library() -> Library:
     flags = ["-std=c++20", "-O3", "-march=native" if x86 else "-mcpu=native"]
     try:
         path = native.compiled(
-            SOURCE, flags, headers=[jax.ffi.include_dir()], versions=[jax.lib.__version__]
+            SOURCE,
+            flags,
+            headers=[jax.ffi.include_dir()],
+            versions=[importlib.metadata.version("jaxlib")],
         )
         loaded = ctypes.CDLL(str(path))
     except (native.BuildError, OSError) as error:
@@ -173,9 +177,10 @@ class Finish(NamedTuple):
     activation: Activation | None = None
 
     def __call__(self, y: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """Without a kernel. The affine part is computed in float32, and so are its gradients' sums:
+        """Without a kernel; in the dtype of `y`, but scaled and shifted in float32.
 
-        in bfloat16, a thousand equal terms may come to less than a tenth of their sum.
+        So are the gradients of scale and shift, sums over all positions: in bfloat16, a thousand
+        equal terms may come to less than a tenth of their sum.
         """
         if self.scale is not None or self.shift is not None:
             x = y.astype(jnp.float32)
