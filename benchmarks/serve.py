@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from mobilevit_jax import report  # noqa: E402
+from mobilevit_jax import native, report  # noqa: E402
 
 SIZES = (1, 2, 4, 8, 16)  # batches of the bare model: those that the server compiles
 AT_ONCE = 2  # batches at a time, as in the server
@@ -53,7 +53,6 @@ WARM = 64  # requests before the first round
 SAMPLES = 200  # of the memory, over a long run
 PACKAGES = ("jax", "jaxlib", "starlette", "uvicorn", "uvloop", "simplejpeg")
 PEER_PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "uvloop", "httptools", "pillow")
-LAUNCH_TUNABLES = "glibc.malloc.hugetlb=1"  # as launch.py sets them for itself
 
 
 class Goal(NamedTuple):
@@ -286,7 +285,7 @@ def compare(args: argparse.Namespace, photographs: list[bytes], console: Console
         context = multiprocessing.get_context("spawn")
         pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, context))
         # With the allocator that launch.py asks for, to compare like with like.
-        with mock.patch.dict(os.environ, GLIBC_TUNABLES=LAUNCH_TUNABLES):
+        with mock.patch.dict(os.environ, native.environment()):
             loading = pool.submit(bare, str(model), 0.1)
         servers = {}
         for name, command in commands.items():

@@ -65,7 +65,7 @@ _CALL = re.compile(
     r"operand_layout_constraints={(.*?)}, api_version"
 )
 _SHAPE = re.compile(r"f32\[([\d,]*)\]")
-# Into so many parts, at least, the rows of a batch are divided for a depthwise kernel's gradient:
+# Into so many parts, at most, the rows of a batch are divided for a depthwise kernel's gradient:
 # sums of their own, which the threads share, so not a number that depends on them.
 PARTS = 16
 

@@ -34,7 +34,7 @@ def arrays(*shapes, seed=0):
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
-def both_ways(function, *operands, tolerance=1e-5):
+def both_ways(function, *operands):
     """Compares value and gradients of a function with and without the kernels; gives the value."""
 
     def all_of(*operands):
@@ -52,7 +52,7 @@ def both_ways(function, *operands, tolerance=1e-5):
         assert ("mobilevit_jax.kernels" in text) is wanted
     for got, want in zip(results[True], results[False], strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype
-        assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-3)
+        assert np.abs(got - want).max() <= 1e-5 * max(np.abs(want).max(), 1e-3)
     return results[True][0]
 
 
@@ -133,7 +133,7 @@ def test_norms(shape, axes, activation):
     def function(x, scale, bias):
         return layers._norm(3 * x + 5, scale, bias, axes, activation)[0]
 
-    both_ways(function, x, scale, bias, tolerance=2e-5 if activation is nn.relu6 else 1e-5)
+    both_ways(function, x, scale, bias)
     with kernels.use(True):
         _, mean, variance = layers._norm(3 * x + 5, scale, bias, axes, activation)
     np.testing.assert_allclose(mean, (3 * x + 5).mean(axes, keepdims=True), rtol=1e-5)
@@ -214,7 +214,7 @@ def test_whole_networks(name):
     assert np.abs(logits[True] - logits[False]).max() <= 1e-5 * np.ptp(logits[False])
     if smooth:
         apart = np.linalg.norm(slopes[True] - slopes[False])
-        assert apart <= 1e-3 * np.linalg.norm(slopes[False])
+        assert apart <= 1e-4 * np.linalg.norm(slopes[False])
 
 
 def test_their_arithmetic_is_counted():
