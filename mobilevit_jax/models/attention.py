@@ -8,7 +8,7 @@ each is a sequence of its own with one token per patch. Score maps are sown into
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,37 +39,27 @@ class SeparableSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w d"], previous: Float[Array, "b ph pw d"] | None = None
+        self,
+        x: Float[Array, "b h w d"],
+        previous: Float[Array, "b ph pw d"] | None = None,
+        *,
+        added: Float[Array, "b h w d"] | None = None,
     ) -> Float[Array, "b h w d"]:
-        """Mix the tokens of every pixel position.
+        """Mix the tokens of every pixel position, and add another map where there is one.
 
         With a `previous` map, of any even sides, this is cross-attention: the query and the keys
         are taken from it, and only the values from `x`.
         """
         source = x if previous is None else previous
-        batch, height, width, features = source.shape
-        patches = (batch, height // PATCH, PATCH, width // PATCH)  # b nh ph nw; pw stays with d
+        features = source.shape[-1]
         weights = PointwiseWeights(1 + 2 * features, weight_init=self.weight_init, name="qkv")
-        matrices, biases = (jnp.split(w, (1, 1 + features), axis=-1) for w in weights(features))
-
-        query = pointwise_conv(source, matrices[0].astype(self.dtype), Finish(shift=biases[0]))
-        query = query.reshape(*patches, PATCH).astype(jnp.float32)
-        scores = jax.nn.softmax(query, axis=(1, 3)).reshape(batch, height, width)
-        if not self.is_initializing():  # then every collection is mutable
-            self.sow("attention", "scores", scores)
-
-        # Keys are linear in the tokens and scores add up to one, so the context is the key of the
-        # average token: one key per pixel position, where all keys were a third of this layer.
-        average = (source * scores[..., None]).reshape(*patches, -1).sum((1, 3))  # b ph (pw d)
-        average = average.reshape(batch, PATCH * PATCH, features)
-        context = pointwise_conv(average, matrices[1]) + biases[1]
-        context = context.reshape(batch, 1, PATCH, 1, -1)  # b 1 ph 1 (pw d)
-
-        finish = Finish(shift=biases[2], activation=nn.relu)
-        value = pointwise_conv(x, matrices[2].astype(self.dtype), finish)
-        y = value.reshape(batch, x.shape[1] // PATCH, PATCH, x.shape[2] // PATCH, -1)
-        # The context stays float32: its gradient is a sum over all patches.
-        y = (y * context).astype(self.dtype).reshape(x.shape)
+        operands = (source.astype(self.dtype), x.astype(self.dtype), *weights(features))
+        if kernels.serve(*operands) and not self.is_mutable_collection("attention"):
+            y = _separable_by_kernel(*operands)
+        else:
+            y, scores = _separable(*operands)
+            if not self.is_initializing():  # then every collection is mutable
+                self.sow("attention", "scores", scores)
         out = Conv(
             features,
             kernel_size=1,
@@ -78,7 +68,55 @@ class SeparableSelfAttention(nn.Module):
             dtype=self.dtype,
             name="out",
         )
-        return out(y)
+        return out(y, added=added)
+
+
+def _separable(
+    source: Float[Array, "b sh sw d"],
+    x: Float[Array, "b h w d"],
+    kernel: Float[Array, "d m"],
+    bias: Float[Array, " m"],
+) -> tuple[Float[Array, "b h w d"], Float[Array, "b sh sw"]]:
+    """The values of x times the context of their pixel position in `source`, and the scores.
+
+    Kernel and bias are of the score, the key and the value, in this order: `m = 1 + 2d`.
+    """
+    batch, height, width, features = source.shape
+    patches = (batch, height // PATCH, PATCH, width // PATCH)  # b nh ph nw; pw stays with d
+    matrices, biases = (jnp.split(w, (1, 1 + features), axis=-1) for w in (kernel, bias))
+    query = pointwise_conv(source, matrices[0].astype(x.dtype), Finish(shift=biases[0]))
+    query = query.reshape(*patches, PATCH).astype(jnp.float32)
+    scores = jax.nn.softmax(query, axis=(1, 3)).reshape(batch, height, width)
+
+    # Keys are linear in the tokens and scores add up to one, so the context is the key of the
+    # average token: one key per pixel position, where all keys were a third of this layer.
+    average = (source * scores[..., None]).reshape(*patches, -1).sum((1, 3))  # b ph (pw d)
+    average = average.reshape(batch, PATCH * PATCH, features)
+    context = pointwise_conv(average, matrices[1]) + biases[1]
+    context = context.reshape(batch, 1, PATCH, 1, -1)  # b 1 ph 1 (pw d)
+
+    finish = Finish(shift=biases[2], activation=nn.relu)
+    value = pointwise_conv(x, matrices[2].astype(x.dtype), finish)
+    y = value.reshape(batch, x.shape[1] // PATCH, PATCH, x.shape[2] // PATCH, -1)
+    # The context stays float32: its gradient is a sum over all patches.
+    return (y * context).astype(x.dtype).reshape(x.shape), scores
+
+
+@jax.custom_vjp
+def _separable_by_kernel(source: Array, x: Array, kernel: Array, bias: Array) -> Array:
+    return kernels.separable_attention(source, x, kernel, bias)
+
+
+def _separable_forward(*operands: Array) -> tuple[Array, Any]:
+    y, pullback, _ = jax.vjp(_separable, *operands, has_aux=True)
+    return y, pullback
+
+
+def _separable_backward(pullback: Any, cotangent: Array) -> tuple[Array, ...]:
+    return pullback(cotangent)
+
+
+_separable_by_kernel.defvjp(_separable_forward, _separable_backward)
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -94,8 +132,10 @@ class MultiHeadSelfAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        """Mix the tokens of every pixel position.
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, added: Float[Array, "b h w d"] | None = None
+    ) -> Float[Array, "b h w d"]:
+        """Mix the tokens of every pixel position, and add another map where there is one.
 
         Raises ValueError where the heads cannot share the channels equally.
         """
@@ -104,10 +144,10 @@ class MultiHeadSelfAttention(nn.Module):
         qkv = linear(3 * x.shape[-1], name="qkv")(x)
         out = linear(x.shape[-1], name="out")
         if kernels.serve(qkv) and not self.is_mutable_collection("attention"):
-            return out(_attention_by_kernel(qkv, self.heads))
+            return out(_attention_by_kernel(qkv, self.heads), added=added)
         y, scores = _attention(qkv, self.heads)
         _sow_scores(self, scores, heads=self.heads)
-        return out(y)
+        return out(y, added=added)
 
 
 class LinformerSelfAttention(nn.Module):
@@ -124,8 +164,10 @@ class LinformerSelfAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        """Mix the tokens of every pixel position.
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, added: Float[Array, "b h w d"] | None = None
+    ) -> Float[Array, "b h w d"]:
+        """Mix the tokens of every pixel position, and add another map where there is one.
 
         Raises ValueError where the heads cannot share the channels equally, and for a map of
         another size than that of the initialisation.
@@ -149,7 +191,7 @@ class LinformerSelfAttention(nn.Module):
         value = along_tokens(name="value_tokens")(value.swapaxes(2, 3)).swapaxes(2, 3)
         y, scores = _dot_product_attention(query, key, value)
         _sow_scores(self, scores, heads=self.heads)
-        return linear(x.shape[-1], name="out")(_merge_tokens(y, size=x.shape))
+        return linear(x.shape[-1], name="out")(_merge_tokens(y, size=x.shape), added=added)
 
 
 def _check_heads(heads: int, channels: int) -> None:

@@ -30,7 +30,7 @@ def conv(
     finish: Finish = PLAIN,
 ) -> Float[Array, "b oh ow d"]:
     """Convolution with an odd-sized kernel, finished: `oh = ceil(h / stride)`, zeros outside."""
-    if groups == 1 and kernels.serve(x, kernel, *finish[:2]):
+    if groups == 1 and kernels.serve(x, kernel, *finish.arrays()):
         return kernels.conv(x, kernel, finish, stride=stride, dilation=dilation)
     return finish(_conv(x, kernel, stride=stride, dilation=dilation, groups=groups))
 
@@ -56,7 +56,7 @@ def pointwise_conv(
     Flat, the kernel's gradient contracts axis 0 with axis 0. Over the map's own axes XLA would
     write transposed copies of both activations on a CPU.
     """
-    if kernel.shape[1] > 1 and kernels.serve(x, kernel, *finish[:2]):
+    if kernel.shape[1] > 1 and kernels.serve(x, kernel, *finish.arrays()):
         return kernels.pointwise_conv(x, kernel, finish)
     flat = x.reshape(-1, x.shape[-1])  # (b h w) c
     return finish((flat @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]))
@@ -76,7 +76,7 @@ def depthwise_conv(
     written by hand. Elsewhere: XLA's grouped convolution. Sums in float32. Can be differentiated in
     reverse mode only.
     """
-    if kernel.shape[0] in kernels.DEPTHWISE_SIZES and kernels.serve(x, kernel, *finish[:2]):
+    if kernel.shape[0] in kernels.DEPTHWISE_SIZES and kernels.serve(x, kernel, *finish.arrays()):
         return kernels.depthwise_conv(x, kernel, finish, stride=stride, dilation=dilation)
     return finish(_depthwise(x, kernel, stride, dilation))
 

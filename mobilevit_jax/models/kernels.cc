@@ -98,23 +98,34 @@ INLINE Vector reciprocal(Vector x) {
 #endif
 }
 
-// exp to 2 units in the last place; held between the smallest and largest normal numbers.
+// exp, to 2 units in the last place near 0 and 1e-6 of itself where it is smallest or largest; held
+// between the smallest and largest normal numbers.
 INLINE Vector exponential(Vector x) {
   x = at_least(at_most(x, 88.0f), -87.0f);
+  constexpr float LOG2_E = 1.44269504088896341f;
   const Vector rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector shifted = x * 1.44269504088896341f + rounder;
+  const Vector shifted = x * LOG2_E + rounder;
   const Vector power = shifted - rounder;
-  Vector r = x - power * 0.693359375f;
-  r = r - power * -2.12194440e-4f;
-  Vector y = all(1.9875691500e-4f);  // Cephes' expf (Moshier 1992)
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Integers exponent = (reinterpret_cast<Integers>(shifted) - 0x4B400000 + 127) << 23;
-  return y * reinterpret_cast<Vector>(exponent);
+  const Vector r = x * LOG2_E - power;
+  Vector y = all(1.326472703e-3f);  // 2^r from -1/2 to 1/2, to 9e-8 of itself and exact at 0
+  y = y * r + 9.671512692e-3f;
+  y = y * r + 5.550733744e-2f;
+  y = y * r + 2.402224208e-1f;
+  y = y * r + 6.931469776e-1f;
+  y = y * r + 1.0f;
+  // The low bits of `shifted` hold the power; they are added to the exponent.
+  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(y) +
+                                  (reinterpret_cast<Integers>(shifted) << 23));
+}
+
+INLINE float total(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+#endif
 }
 
 // Numbers of ACTIVATIONS in kernels.py.
@@ -286,7 +297,7 @@ struct Lines {
 };
 
 constexpr int64_t LINE = 4 * ROWS;   // rows of a matrix that make a line
-constexpr int64_t BLOCK = 192;       // rows, about, that are multiplied by a packed panel
+constexpr int64_t BLOCK = 128;       // rows, about, that are multiplied by a packed panel
 constexpr int64_t UNITS_EACH = 8;    // units of work for a thread, where there is as much
 
 Lines lines_of(const float* matrix, int64_t rows, int64_t columns) {
@@ -302,47 +313,65 @@ Lines lines_of(const Floats& padded, int64_t height, int64_t width, int64_t stri
           stride * shape[3],   stride * row, height, shape[1] * row};
 }
 
-// to (R, COLUMNS) = sum over taps and k of a[r * row + tap + k * step] times row k of the panel. A
-// function of its own, lest the compiler keep the sums in memory.
-template <int R>
+// to (R, COLUMNS) = sum over taps and k of a[r * row + tap + k * step] times row k of the panel, of
+// V vectors, whose rows are `next` floats apart. A function of its own, lest the compiler keep the
+// sums in memory.
+template <int R, int V>
 __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t step,
                                         const int64_t* taps, int64_t count, int64_t depth,
-                                        const float* panel, float* to) {
-  Vector sums[R][2] = {};
+                                        const float* panel, int64_t next, float* to) {
+  Vector sums[R][V] = {};
   for (int64_t t = 0; t < count; ++t) {
     const float* from = a + taps[t];
-    for (int64_t k = 0; k < depth; ++k, panel += COLUMNS) {
-      const Vector left = load(panel), right = load(panel + LANES);
+    for (int64_t k = 0; k < depth; ++k, panel += next) {
+      Vector values[V];
+      for (int j = 0; j < V; ++j) values[j] = load(panel + j * LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Vector value = all(from[r * row + k * step]);
-        sums[r][0] += value * left;
-        sums[r][1] += value * right;
+        for (int j = 0; j < V; ++j) sums[r][j] += value * values[j];
       }
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2; ++j) store(to + r * COLUMNS + j * LANES, sums[r][j]);
+    for (int j = 0; j < V; ++j) store(to + r * COLUMNS + j * LANES, sums[r][j]);
 }
 
-// The same for 1 to ROWS rows.
-void multiply(int64_t rows, const float* a, int64_t row, int64_t step,
-              const std::vector<int64_t>& taps, int64_t depth, const float* panel, float* to) {
+// The same for 1 to ROWS rows and 1 to COLUMNS columns; of the others `to` keeps what it had.
+void multiply(int64_t rows, int64_t columns, const float* a, int64_t row, int64_t step,
+              const std::vector<int64_t>& taps, int64_t depth, const float* panel, int64_t next,
+              float* to) {
   [&]<int... index>(std::integer_sequence<int, index...>) {
-    ((rows == index + 1
-          ? multiply<index + 1>(a, row, step, taps.data(), taps.size(), depth, panel, to)
-          : void()),
+    const auto with = [&](auto multiply) {
+      multiply(a, row, step, taps.data(), taps.size(), depth, panel, next, to);
+    };
+    ((rows != index + 1 ? void()
+      : columns <= LANES ? with(multiply<index + 1, 1>)
+                         : with(multiply<index + 1, 2>)),
      ...);
   }(std::make_integer_sequence<int, ROWS>());
 }
 
+constexpr int64_t PATCH = 2;  // pixels along a side of a patch
+constexpr int64_t PLACES = PATCH * PATCH;
+
 // What becomes of a product before it is stored: times a scale, plus a shift, activated, plus
-// another map. Each may be absent.
+// another map, times a vector for each image and place in a patch. Each may be absent.
 struct Finish {
-  const float *scale, *shift;
-  int64_t activation;
-  const float* added = nullptr;
+  const float *scale = nullptr, *shift = nullptr;
+  int64_t activation = NONE;
+  const float *added = nullptr, *times = nullptr;
+  int64_t height = 0, width = 0;  // of the map, for `times`
+
+  // The vectors of so many pixels from `at` on.
+  void times_of(int64_t at, int64_t count, int64_t features, const float** to) const {
+    for (int64_t i = 0, y = at / width, x = at % width; i < count; ++i) {
+      const int64_t place = y % PATCH * PATCH + x % PATCH;
+      to[i] = times + (y / height * PLACES + place) * features;
+      if (++x == width) x = 0, ++y;
+    }
+  }
 };
 
 const float* optional(const Floats& buffer) {
@@ -352,6 +381,8 @@ const float* optional(const Floats& buffer) {
 // Finishes a tile of a product and stores it from row `at` of `to` on, in columns from `begin` on.
 void finish_tile(const float* tile, int64_t rows, const Finish& finish, int64_t features,
                  int64_t at, int64_t begin, float* to) {
+  const float* times[ROWS];
+  if (finish.times) finish.times_of(at, rows, features, times);
   with(finish.activation, [&](auto kind) {
     for (int j = 0; j < 2; ++j) {
       const int64_t first = begin + j * LANES, count = features - first;
@@ -363,55 +394,99 @@ void finish_tile(const float* tile, int64_t rows, const Finish& finish, int64_t 
         const Vector value = load(tile + r * COLUMNS + j * LANES) * scale + shift;
         Vector y = activate<decltype(kind)::value>(value);
         if (finish.added) y += load(finish.added + place, count);
+        if (finish.times) y *= load(times[r] + first, count);
         store(to + place, y, count);
       }
     }
   });
 }
 
+// A matrix, or some columns of one: rows are `step` floats apart.
+struct Matrix {
+  const float* data;
+  int64_t rows, columns, step;
+
+  Matrix(const float* data, int64_t rows, int64_t columns)
+      : data(data), rows(rows), columns(columns), step(columns) {}
+  explicit Matrix(const Floats& kernel)  // of one of 1 x 1 or more taps, one below the other
+      : Matrix(kernel.typed_data(), kernel.element_count() / kernel.dimensions().back(),
+               kernel.dimensions().back()) {}
+  Matrix part(int64_t first, int64_t count) const {
+    Matrix some = *this;
+    some.data += first;
+    some.columns = count;
+    return some;
+  }
+  int64_t panels() const { return ceil_div(columns, COLUMNS); }
+  int64_t packed_size() const { return panels() * rows * COLUMNS; }
+};
+
 // A panel: COLUMNS columns of a matrix from `begin` on, row after row, with zeros beyond its end.
-void pack(const float* matrix, int64_t rows, int64_t columns, int64_t begin, float* panel) {
-  const int64_t left = columns - begin;
-  for (int64_t k = 0; k < rows; ++k, panel += COLUMNS, matrix += columns) {
-    store(panel, load(matrix + begin, left));
-    store(panel + LANES, left > LANES ? load(matrix + begin + LANES, left - LANES) : Vector{});
+void pack(const Matrix& matrix, int64_t begin, float* panel) {
+  constexpr int64_t AHEAD = 16;  // rows, which lie too far apart for the processor to foresee them
+  const int64_t left = matrix.columns - begin;
+  const float* from = matrix.data + begin;
+  for (int64_t k = 0; k < matrix.rows; ++k, panel += COLUMNS, from += matrix.step) {
+    for (int j = 0; j < 2; ++j) __builtin_prefetch(from + AHEAD * matrix.step + j * LANES);
+    store(panel, load(from, left));
+    store(panel + LANES, left > LANES ? load(from + LANES, left - LANES) : Vector{});
   }
 }
 
-// The part of a product that is in these lines and panels of columns, on this thread.
+void pack_all(const Matrix& matrix, float* panels) {
+  for (int64_t p = 0; p < matrix.panels(); ++p)
+    pack(matrix, p * COLUMNS, panels + p * matrix.rows * COLUMNS);
+}
+
+// The part of a product that is in these lines and panels of columns, on this thread. `packed` has
+// all panels of the kernel, or is null: each is then packed here.
 void product_of(const Lines& a, int64_t first, int64_t last, const std::vector<int64_t>& taps,
-                int64_t depth, const float* kernel, const Finish& finish, float* to,
-                int64_t features, int64_t first_panel, int64_t last_panel) {
+                const Matrix& kernel, const float* packed, const Finish& finish, float* to,
+                int64_t first_panel, int64_t last_panel) {
   alignas(64) float tile[ROWS * COLUMNS];
-  const int64_t all_depth = depth * taps.size();
-  float* panel = scratch(0, all_depth * COLUMNS);
+  const int64_t depth = kernel.rows / taps.size(), features = kernel.columns;
   for (int64_t p = first_panel; p < last_panel; ++p) {
-    pack(kernel, all_depth, features, p * COLUMNS, panel);
+    const int64_t begin = p * COLUMNS, columns = features - begin;
+    const float* panel;
+    int64_t next = COLUMNS;
+    if (packed) {
+      panel = packed + p * kernel.rows * COLUMNS;
+    } else if (a.rows <= ROWS && columns >= COLUMNS) {  // used once: as it is
+      panel = kernel.data + begin;
+      next = kernel.step;
+      for (int64_t k = 0; k < kernel.rows; ++k)
+        for (int j = 0; j < 2; ++j) __builtin_prefetch(panel + k * next + j * LANES);
+    } else {
+      float* to_pack = scratch(0, kernel.rows * COLUMNS);
+      pack(kernel, begin, to_pack);
+      panel = to_pack;
+    }
     for (int64_t i = first; i < last; ++i) {
       const int64_t rows = a.rows_of(i), tiles = ceil_div(rows, ROWS);
       for (int64_t t = 0; t < tiles; ++t) {  // as equal as can be
-        const int64_t row = t * rows / tiles, next = (t + 1) * rows / tiles;
+        const int64_t row = t * rows / tiles, count = (t + 1) * rows / tiles - row;
         const int64_t at = i * a.length + row;
-        for (int64_t r = at; r < at + next - row; ++r)  // in the cache by the time it is written
-          for (int j = 0; j < 2; ++j)
-            __builtin_prefetch(to + r * features + p * COLUMNS + j * LANES, 1);
-        multiply(next - row, a.line(i) + row * a.step, a.step, 1, taps, depth, panel, tile);
-        finish_tile(tile, next - row, finish, features, at, p * COLUMNS, to);
+        for (int64_t r = at; r < at + count; ++r)  // in the cache by the time it is written
+          for (int j = 0; j < 2; ++j) __builtin_prefetch(to + r * features + begin + j * LANES, 1);
+        multiply(count, columns, a.line(i) + row * a.step, a.step, 1, taps, depth, panel, next,
+                 tile);
+        finish_tile(tile, count, finish, features, at, begin, to);
       }
     }
   }
 }
 
-// to (rows, features) = finish(sum over taps of a's rows (depth) times kernel (depth, features)).
-void product(ffi::ThreadPool& pool, const Lines& a, const std::vector<int64_t>& taps, int64_t depth,
-             const float* kernel, const Finish& finish, float* to, int64_t features) {
-  const int64_t panels = ceil_div(features, COLUMNS);
+// to (rows, features) = finish(sum over taps of a's rows (depth) times kernel (taps depth,
+// features)).
+void product(ffi::ThreadPool& pool, const Lines& a, const std::vector<int64_t>& taps,
+             const Matrix& kernel, const Finish& finish, float* to) {
+  const int64_t panels = kernel.panels();
   const int64_t blocks = std::clamp<int64_t>(a.rows / BLOCK, 1, a.count);
   const int64_t groups = std::min(panels, ceil_div(UNITS_EACH * threads_of(pool), blocks));
   parallel(pool, blocks * groups, [&](int64_t unit) {
     const int64_t group = unit % groups, block = unit / groups;
-    product_of(a, block * a.count / blocks, (block + 1) * a.count / blocks, taps, depth, kernel,
-               finish, to, features, group * panels / groups, (group + 1) * panels / groups);
+    product_of(a, block * a.count / blocks, (block + 1) * a.count / blocks, taps, kernel, nullptr,
+               finish, to, group * panels / groups, (group + 1) * panels / groups);
   });
 }
 
@@ -448,7 +523,7 @@ void transposed_product(ffi::ThreadPool& pool, const Lines& a, const std::vector
         const int64_t count = a.rows_of(i);
         const float *from = a.line(i) + taps[tap], *other = b.line(i);
         for (int64_t p = 0; p < panels; ++p)
-          pack(other, count, features, p * COLUMNS, packed_b + (p * most + rows) * COLUMNS);
+          pack(Matrix(other, count, features), p * COLUMNS, packed_b + (p * most + rows) * COLUMNS);
         for (int64_t r = 0; r < count; ++r, from += a.step) {
           int64_t k = begin;
           float* place = packed_a + (rows + r) * ROWS;
@@ -461,8 +536,8 @@ void transposed_product(ffi::ThreadPool& pool, const Lines& a, const std::vector
       for (int64_t t = 0; t < last - first; ++t)
         for (int64_t p = 0; p < panels; ++p) {
           alignas(64) float tile[ROWS * COLUMNS];
-          multiply(ROWS, packed_a + t * most * ROWS, 1, ROWS, one_tap, rows,
-                   packed_b + p * most * COLUMNS, tile);
+          multiply(ROWS, COLUMNS, packed_a + t * most * ROWS, 1, ROWS, one_tap, rows,
+                   packed_b + p * most * COLUMNS, COLUMNS, tile);
           float* sum = sums + (t * panels + p) * ROWS * COLUMNS;
           for (int64_t j = 0; j < ROWS * COLUMNS; j += LANES)
             store(sum + j, load(sum + j) + load(tile + j));
@@ -488,20 +563,22 @@ void transposed_product(ffi::ThreadPool& pool, const Lines& a, const std::vector
   });
 }
 
-std::vector<int64_t> taps_of(const Floats& padded, int64_t size, int64_t dilation) {
+// Where the pixels under each tap of a kernel are from the first one of them. Without dilation
+// those of a row lie together, and are one tap with all their channels.
+std::vector<int64_t> taps_of(const Floats& padded, int64_t size, int64_t dilation, bool together) {
   const auto shape = padded.dimensions();
   std::vector<int64_t> taps;
   for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = 0; j < size; ++j) taps.push_back((i * shape[2] + j) * dilation * shape[3]);
+    for (int64_t j = 0; j < (together && dilation == 1 ? 1 : size); ++j)
+      taps.push_back((i * shape[2] + j) * dilation * shape[3]);
   return taps;
 }
 
 ffi::Error matmul(ffi::ThreadPool pool, Floats x, Floats kernel, Floats scale, Floats shift,
-                  int64_t activation, Result y) {
-  const int64_t depth = kernel.dimensions()[0], features = kernel.dimensions()[1];
-  const Finish finish{optional(scale), optional(shift), activation};
-  product(pool, lines_of(x.typed_data(), x.dimensions()[0], depth), {0}, depth, kernel.typed_data(),
-          finish, y->typed_data(), features);
+                  Floats added, int64_t activation, Result y) {
+  const Lines rows = lines_of(x.typed_data(), x.dimensions()[0], x.dimensions()[1]);
+  const Finish finish{optional(scale), optional(shift), activation, optional(added)};
+  product(pool, rows, {0}, Matrix(kernel), finish, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -514,13 +591,13 @@ ffi::Error matmul_kernel_gradient(ffi::ThreadPool pool, Floats x, Floats cotange
 }
 
 ffi::Error convolution(ffi::ThreadPool pool, Floats padded, Floats kernel, Floats scale,
-                       Floats shift, int64_t stride, int64_t dilation, int64_t activation,
-                       Result y) {
-  const auto shape = y->dimensions(), kernel_shape = kernel.dimensions();
-  const Finish finish{optional(scale), optional(shift), activation};
+                       Floats shift, Floats added, int64_t stride, int64_t dilation,
+                       int64_t activation, Result y) {
+  const auto shape = y->dimensions();
+  const Finish finish{optional(scale), optional(shift), activation, optional(added)};
   product(pool, lines_of(padded, shape[1], shape[2], stride),
-          taps_of(padded, kernel_shape[0], dilation), kernel_shape[2], kernel.typed_data(), finish,
-          y->typed_data(), shape[3]);
+          taps_of(padded, kernel.dimensions()[0], dilation, true), Matrix(kernel), finish,
+          y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -528,7 +605,7 @@ ffi::Error convolution_kernel_gradient(ffi::ThreadPool pool, Floats padded, Floa
                                        int64_t stride, int64_t dilation, Result to) {
   const auto shape = cotangent.dimensions(), kernel_shape = to->dimensions();
   transposed_product(pool, lines_of(padded, shape[1], shape[2], stride),
-                     taps_of(padded, kernel_shape[0], dilation), kernel_shape[2],
+                     taps_of(padded, kernel_shape[0], dilation, false), kernel_shape[2],
                      lines_of(cotangent, shape[1], shape[2], 1), shape[3], to->typed_data());
   return ffi::Error::Success();
 }
@@ -542,22 +619,20 @@ float exponentials(float* row, int64_t count) {
     const Vector value = load(row + i);
     most = most > value ? most : value;
   }
-  float largest = most[0], total = 0;
+  float largest = most[0];
   for (int i = 1; i < LANES; ++i) largest = std::max(largest, most[i]);
   for (int64_t i = 0; i < count; i += LANES) {
     const Vector value = exponential(load(row + i) - largest);
     store(row + i, value);
     sum += value;
   }
-  for (int i = 0; i < LANES; ++i) total += sum[i];
-  return total;
+  return total(sum);
 }
 
 // Dot-product attention of every head among the tokens of every pixel position, in a map split into
 // patches of 2x2: a pixel's token meets those of the same place in all other patches. `qkv` has
 // queries, keys and values one after another, each of all heads.
 ffi::Error attention(ffi::ThreadPool pool, Floats qkv, int64_t heads, Result y) {
-  constexpr int64_t PATCH = 2;
   const auto shape = qkv.dimensions();
   const int64_t height = shape[1], width = shape[2], channels = shape[3] / 3;
   const int64_t depth = channels / heads, columns = width / PATCH;
@@ -566,9 +641,9 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, int64_t heads, Result y) 
   const int64_t padded = key_panels * COLUMNS;
   const float factor = 1.0f / std::sqrt(static_cast<float>(depth));
   const std::vector<int64_t> one_tap = {0};
-  parallel(pool, shape[0] * PATCH * PATCH * heads, [&](int64_t unit) {
-    const int64_t head = unit % heads, place = unit / heads % (PATCH * PATCH);
-    const int64_t image = unit / heads / (PATCH * PATCH);
+  parallel(pool, shape[0] * PLACES * heads, [&](int64_t unit) {
+    const int64_t head = unit % heads, place = unit / heads % PLACES;
+    const int64_t image = unit / heads / PLACES;
     const auto pixel = [&](int64_t token) {
       const int64_t row = token / columns * PATCH + place / PATCH;
       return (image * height + row) * width + token % columns * PATCH + place % PATCH;
@@ -585,15 +660,16 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, int64_t heads, Result y) 
         key[c * COLUMNS] = from[channels + c];
       }
       for (int64_t p = 0; p < panels; ++p)
-        pack(from + 2 * channels, 1, depth, p * COLUMNS, values + (p * tokens + n) * COLUMNS);
+        pack(Matrix(from + 2 * channels, 1, depth), p * COLUMNS,
+             values + (p * tokens + n) * COLUMNS);
     }
     const int64_t tiles = ceil_div(tokens, ROWS);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = t * tokens / tiles, rows = (t + 1) * tokens / tiles - first;
       alignas(64) float tile[ROWS * COLUMNS];
       for (int64_t p = 0; p < key_panels; ++p) {
-        multiply(rows, queries + first * depth, depth, 1, one_tap, depth,
-                 keys + p * depth * COLUMNS, tile);
+        multiply(rows, COLUMNS, queries + first * depth, depth, 1, one_tap, depth,
+                 keys + p * depth * COLUMNS, COLUMNS, tile);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < COLUMNS; j += LANES)
             store(scores + r * padded + p * COLUMNS + j, load(tile + r * COLUMNS + j));
@@ -605,7 +681,8 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, int64_t heads, Result y) 
         inverse[r] = 1 / exponentials(row, padded);
       }
       for (int64_t p = 0; p < panels; ++p) {
-        multiply(rows, scores, padded, 1, one_tap, tokens, values + p * tokens * COLUMNS, tile);
+        multiply(rows, depth - p * COLUMNS, scores, padded, 1, one_tap, tokens,
+                 values + p * tokens * COLUMNS, COLUMNS, tile);
         for (int64_t r = 0; r < rows; ++r) {
           float* to = y->typed_data() + pixel(first + r) * channels + head * depth;
           for (int64_t j = 0; j < COLUMNS && p * COLUMNS + j < depth; j += LANES)
@@ -615,6 +692,98 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, int64_t heads, Result y) 
       }
     }
   });
+  return ffi::Error::Success();
+}
+
+// The context of separable attention (b, 4, d): for every place in a patch, the key of the average
+// token by a softmax over scores. `kernel` (d, 1 + 2d) and `bias` are of the score, the key and the
+// value, in this order. Some rows at a time, whose sums are put together as if all had been there
+// at once.
+ffi::Error separable_context(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias,
+                             Result to) {
+  constexpr int64_t CHUNKS = 16;  // of rows of patches, at most
+  constexpr float LEAST = -std::numeric_limits<float>::infinity();
+  const auto shape = x.dimensions();
+  const int64_t height = shape[1], width = shape[2], channels = shape[3];
+  const int64_t padded = ceil_div(channels, LANES) * LANES, rows = height / PATCH;
+  const int64_t chunks = std::min(CHUNKS, rows);
+  struct Sums {  // of weights, and of tokens times them; a weight is exp(score - most)
+    float most = LEAST, weight = 0;
+    std::vector<float> tokens;
+  };
+  std::vector<Sums> partial(shape[0] * chunks * PLACES);
+  std::vector<float> query(padded);
+  for (int64_t c = 0; c < channels; ++c) query[c] = kernel.typed_data()[c * (1 + 2 * channels)];
+  parallel(pool, shape[0] * chunks, [&](int64_t unit) {
+    const int64_t image = unit / chunks, chunk = unit % chunks;
+    Sums* sums = &partial[unit * PLACES];
+    for (int64_t place = 0; place < PLACES; ++place) sums[place].tokens.resize(padded);
+    const int64_t scores_size = ceil_div(width, LANES) * LANES;
+    float* scores = scratch(0, scores_size);
+    std::fill_n(scores, scores_size, 0.0f);
+    for (int64_t y = chunk * rows / chunks * PATCH; y < (chunk + 1) * rows / chunks * PATCH; ++y) {
+      const float* row = x.typed_data() + (image * height + y) * width * channels;
+      Sums* places = sums + y % PATCH * PATCH;
+      float most[PATCH];
+      for (int64_t i = 0; i < PATCH; ++i) most[i] = places[i].most;
+      for (int64_t column = 0; column < width; ++column) {
+        Vector products{};
+        for (int64_t c = 0; c < channels; c += LANES)
+          products += load(row + column * channels + c, channels - c) * load(&query[c]);
+        scores[column] = bias.typed_data()[0] + total(products);
+        if (!(scores[column] <= most[column % PATCH])) most[column % PATCH] = scores[column];
+      }
+      for (int64_t i = 0; i < PATCH; ++i) {
+        if (places[i].most == most[i]) continue;
+        const float factor = exponential(all(places[i].most - most[i]))[0];
+        for (float& token : places[i].tokens) token *= factor;
+        places[i].weight *= factor;
+        places[i].most = most[i];
+      }
+      for (int64_t column = 0; column < width; ++column) scores[column] -= most[column % PATCH];
+      for (int64_t i = 0; i < scores_size; i += LANES)
+        store(scores + i, exponential(load(scores + i)));
+      for (int64_t column = 0; column < width; ++column) {
+        float* tokens = places[column % PATCH].tokens.data();
+        for (int64_t c = 0; c < channels; c += LANES)
+          store(tokens + c, load(tokens + c) + load(row + column * channels + c, channels - c) *
+                                                   scores[column]);
+        places[column % PATCH].weight += scores[column];
+      }
+    }
+  });
+  const int64_t count = shape[0] * PLACES;
+  std::vector<float> average(count * padded);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto part = [&](int64_t chunk) -> const Sums& {
+      return partial[(i / PLACES * chunks + chunk) * PLACES + i % PLACES];
+    };
+    float most = LEAST, weight = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      if (!(part(chunk).most <= most)) most = part(chunk).most;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float factor = exponential(all(part(chunk).most - most))[0];
+      weight += factor * part(chunk).weight;
+      for (int64_t c = 0; c < channels; ++c)
+        average[i * channels + c] += factor * part(chunk).tokens[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) average[i * channels + c] /= weight;
+  }
+  const Finish finish{nullptr, bias.typed_data() + 1};
+  product(pool, lines_of(average.data(), count, channels), {0}, Matrix(kernel).part(1, channels),
+          finish, to->typed_data());
+  return ffi::Error::Success();
+}
+
+// relu(x * kernel + bias) times the context, with kernel and bias as above.
+ffi::Error separable_values(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias,
+                            Floats context, Result y) {
+  const auto shape = x.dimensions();
+  const int64_t channels = shape[3];
+  const Finish finish{nullptr, bias.typed_data() + 1 + channels, RELU, nullptr,
+                      context.typed_data(), shape[1], shape[2]};
+  product(pool, lines_of(x.typed_data(), shape[0] * shape[1] * shape[2], channels), {0},
+          Matrix(kernel).part(1 + channels, channels), finish, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -691,91 +860,115 @@ void with_size(int64_t size, Body body) {
   if (size == 5) body(std::integral_constant<int, 5>());
 }
 
-// A row of the output of a depthwise convolution, finished. `map` is that of all images.
+// A row of the output of a depthwise convolution, finished; `map` is that of all images, and what
+// is added lies as `to` does.
 template <int K, Activation kind>
 void depthwise_row(const Window<K>& window, const float* map, int64_t image, int64_t y,
-                   const float* kernel, const float* scale, const float* shift, float* to) {
+                   const float* kernel, const Finish& finish, float* to) {
   const int64_t channels = window.in.channels, some = std::min<int64_t>(channels, LANES);
   for (int64_t block = 0; block < window.in.blocks(); ++block) {
     const int64_t c = begin_of(block, channels);
     Vector weights[K * K], sum;
     for (int t = 0; t < K * K; ++t) weights[t] = load(kernel + t * channels + c, some);
-    const Vector times = scale ? load(scale + c, some) : all(1);
-    const Vector plus = shift ? load(shift + c, some) : all(0);
+    const Vector times = finish.scale ? load(finish.scale + c, some) : all(1);
+    const Vector plus = finish.shift ? load(finish.shift + c, some) : all(0);
     window.row(
         map, image, y, c, some, [&](int64_t) { sum = Vector{}; },
         [&](int64_t, int t, Vector value) { sum += value * weights[t]; },
         [&](int64_t column) {
-          store(to + column * channels + c, activate<kind>(sum * times + plus), some);
+          const int64_t place = column * channels + c;
+          Vector value = activate<kind>(sum * times + plus);
+          if (finish.added) value += load(finish.added + place, some);
+          store(to + place, value, some);
         });
   }
 }
 
 ffi::Error depthwise(ffi::ThreadPool pool, Floats x, Floats kernel, Floats scale, Floats shift,
-                     int64_t stride, int64_t dilation, int64_t activation, Result y) {
+                     Floats added, int64_t stride, int64_t dilation, int64_t activation,
+                     Result y) {
   const Map in(x.dimensions()), out(y->dimensions());
   with_size(kernel.dimensions()[0], [&](auto size) {
     constexpr int K = decltype(size)::value;
     const Window<K> window(in, out, stride, dilation);
     with(activation, [&](auto kind) {
       parallel(pool, out.images * out.height, [&](int64_t unit) {
-        depthwise_row<K, decltype(kind)::value>(
-            window, x.typed_data(), unit / out.height, unit % out.height, kernel.typed_data(),
-            optional(scale), optional(shift),
-            y->typed_data() + unit * out.width * out.channels);
+        const int64_t place = unit * out.width * out.channels;
+        const Finish finish{optional(scale), optional(shift), activation,
+                            optional(added) ? optional(added) + place : nullptr};
+        depthwise_row<K, decltype(kind)::value>(window, x.typed_data(), unit / out.height,
+                                                unit % out.height, kernel.typed_data(), finish,
+                                                y->typed_data() + place);
       });
     });
   });
   return ffi::Error::Success();
 }
 
-// Expand, filter by a depthwise kernel of 3x3, project; each with a scale and a shift, the first two
-// activated; plus x if `residual`. Some rows at a time, of which the expanded ones stay in the
-// cache; those at the edges are computed for both neighbours.
+// Expand, filter by a depthwise kernel of 3x3, project; each with a scale and a shift, the first
+// two activated; plus x if `residual`. Some rows at a time, of which the expanded ones stay in the
+// cache, those that the next ones need too.
 ffi::Error inverted_residual(ffi::ThreadPool pool, Floats x, Floats expand, Floats scale_1,
                              Floats shift_1, Floats filter, Floats scale_2, Floats shift_2,
                              Floats project, Floats scale_3, Floats shift_3, int64_t stride,
                              int64_t activation, int64_t residual, Result y) {
-  constexpr int64_t CACHE = 768 * 1024 / sizeof(float);  // floats of expanded rows
+  constexpr int64_t CACHE = 256 * 1024 / sizeof(float);  // floats of expanded rows
   const Map in(x.dimensions()), out(y->dimensions());
-  const int64_t hidden = expand.dimensions()[1];
+  const Matrix expansion(expand), projection(project);
+  const int64_t hidden = expansion.columns;
   const auto inside = [&](const Map& map) {
     return Map(map.images, map.height, map.width, hidden);
   };
   const Window<3> window(inside(in), inside(out), stride, 1);
-  const int64_t fit = (CACHE / (in.width * hidden) - 3) / stride + 1;
-  const int64_t threads = threads_of(pool);
-  int64_t blocks = ceil_div(out.height, std::clamp<int64_t>(fit, 1, out.height));
-  blocks = std::min(ceil_div(blocks * in.images, threads) * threads, out.height * in.images);
-  blocks = std::min(ceil_div(blocks, in.images), out.height);  // of an image
+  const int64_t expanded_row = in.width * hidden, filtered_row = out.width * hidden;
+  const int64_t packed_size = expansion.packed_size() + projection.packed_size();
+  const int64_t fit = (std::max(CACHE, packed_size) / expanded_row - 3) / stride + 1;
+  const int64_t at_once = std::clamp<int64_t>(fit, 1, out.height);
+  // Where two bands of rows meet, both expand the rows at the edge.
+  const int64_t bands = std::min(ceil_div(threads_of(pool), in.images), out.height);  // of an image
+  const Finish expanding{scale_1.typed_data(), shift_1.typed_data(), activation};
+  const Finish filtering{scale_2.typed_data(), shift_2.typed_data(), activation};
   with(activation, [&](auto kind) {
-    parallel(pool, in.images * blocks, [&](int64_t unit) {
-      const int64_t image = unit / blocks, block = unit % blocks;
-      const int64_t first = block * out.height / blocks;
-      const int64_t last = (block + 1) * out.height / blocks;
-      const int64_t from = std::max<int64_t>(first * stride - 1, 0);
-      const int64_t to = std::min((last - 1) * stride + 2, in.height);
-      float* expanded = scratch(1, ((to - from) * in.width + (last - first) * out.width) * hidden);
-      float* filtered = expanded + (to - from) * in.width * hidden;
-      const auto whole = [&](const float* map, int64_t rows, int64_t depth, const Floats& kernel,
-                             const Finish& finish, float* result, int64_t features) {
-        const Lines lines = lines_of(map, rows, depth);
-        product_of(lines, 0, lines.count, {0}, depth, kernel.typed_data(), finish, result, features,
-                   0, ceil_div(features, COLUMNS));
-      };
-      whole(x.typed_data() + (image * in.height + from) * in.width * in.channels,
-            (to - from) * in.width, in.channels, expand,
-            {scale_1.typed_data(), shift_1.typed_data(), activation}, expanded, hidden);
-      for (int64_t row = first; row < last; ++row)
-        depthwise_row<3, decltype(kind)::value>(
-            window, expanded - from * in.width * hidden, 0, row, filter.typed_data(),
-            scale_2.typed_data(), shift_2.typed_data(),
-            filtered + (row - first) * out.width * hidden);
-      const int64_t place = (image * out.height + first) * out.width * out.channels;
-      whole(filtered, (last - first) * out.width, hidden, project,
-            {scale_3.typed_data(), shift_3.typed_data(), NONE,
-             residual ? x.typed_data() + place : nullptr},
-            y->typed_data() + place, out.channels);
+    parallel(pool, in.images * bands, [&](int64_t unit) {
+      const int64_t image = unit / bands, band = unit % bands;
+      const int64_t last = (band + 1) * out.height / bands;
+      const int64_t most = (at_once - 1) * stride + 3;  // expanded rows that are held
+      const float *packed_expansion = nullptr, *packed_projection = nullptr;
+      if (out.height > bands * at_once) {  // they are used more than once
+        float* packed = scratch(0, packed_size);
+        packed_expansion = packed;
+        packed_projection = packed + expansion.packed_size();
+        pack_all(expansion, packed);
+        pack_all(projection, packed + expansion.packed_size());
+      }
+      float* expanded = scratch(1, most * expanded_row + at_once * filtered_row);
+      float* filtered = expanded + most * expanded_row;
+      int64_t held = 0, end = 0;  // rows of the map, from and to, whose expansion is there
+      for (int64_t row = band * out.height / bands, next; row < last; row = next) {
+        next = std::min(row + at_once, last);
+        const int64_t from = std::max<int64_t>(row * stride - 1, 0);
+        const int64_t to = std::min((next - 1) * stride + 2, in.height);
+        const int64_t kept = std::max<int64_t>(end - from, 0);
+        std::memmove(expanded, expanded + (from - held) * expanded_row,
+                     kept * expanded_row * sizeof(float));
+        const float* source =
+            x.typed_data() + (image * in.height + from + kept) * in.width * in.channels;
+        const Lines pixels = lines_of(source, (to - from - kept) * in.width, in.channels);
+        product_of(pixels, 0, pixels.count, {0}, expansion, packed_expansion, expanding,
+                   expanded + kept * expanded_row, 0, expansion.panels());
+        held = from;
+        end = to;
+        for (int64_t i = row; i < next; ++i)
+          depthwise_row<3, decltype(kind)::value>(window, expanded - from * expanded_row, 0, i,
+                                                  filter.typed_data(), filtering,
+                                                  filtered + (i - row) * filtered_row);
+        const int64_t place = (image * out.height + row) * out.width * out.channels;
+        const Finish projecting{scale_3.typed_data(), shift_3.typed_data(), NONE,
+                                residual ? x.typed_data() + place : nullptr};
+        const Lines results = lines_of(filtered, (next - row) * out.width, hidden);
+        product_of(results, 0, results.count, {0}, projection, packed_projection, projecting,
+                   y->typed_data() + place, 0, projection.panels());
+      }
     });
   });
   return ffi::Error::Success();
@@ -869,17 +1062,17 @@ ffi::Error depthwise_kernel_gradient(ffi::ThreadPool pool, Floats x, Floats cota
 // Maps as g r c: groups of rows, each group and channel with statistics of its own.
 struct Groups {
   int64_t groups, rows, channels;
-  int64_t chunk, chunks;  // rows that stay in the cache, and how many times so many a group has
+  int64_t chunks;  // of a group, in rows that stay in the cache; a few threads share them equally
 
   explicit Groups(ffi::Span<const int64_t> shape)
       : groups(shape[0]), rows(shape[1]), channels(shape[2]) {
-    chunk = std::clamp<int64_t>(16384 / channels, 1, rows);
-    chunks = ceil_div(rows, chunk);
+    chunks = std::min(rows, ceil_div(rows * channels, 32768));
   }
   int64_t units() const { return groups * chunks; }
-  int64_t count(int64_t unit) const { return std::min(chunk, rows - unit % chunks * chunk); }
+  int64_t first(int64_t unit) const { return unit % chunks * rows / chunks; }
+  int64_t count(int64_t unit) const { return (unit % chunks + 1) * rows / chunks - first(unit); }
   int64_t begin(int64_t unit) const {  // of its first row, in floats
-    return (unit / chunks * rows + unit % chunks * chunk) * channels;
+    return (unit / chunks * rows + first(unit)) * channels;
   }
 };
 
@@ -895,50 +1088,6 @@ inline Vector sum_of(const Groups& all_rows, int64_t unit, int64_t c, Value valu
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Mean and biased variance of each group and channel. A chunk's are formed in two passes over what
-// is in the cache, and those of chunks put together as Chan, Golub and LeVeque do (1983).
-ffi::Error moments(ffi::ThreadPool pool, Floats x, Result mean, Result variance) {
-  const Groups rows(x.dimensions());
-  const int64_t channels = rows.channels, some = std::min<int64_t>(channels, LANES);
-  const int64_t size = rows.units() * channels;
-  std::vector<float> means(size), offsets(size), squares(size);  // an offset is a mean's rest
-  const float* data = x.typed_data();
-  parallel(pool, rows.units(), [&](int64_t unit) {
-    for (int64_t block = 0; block < ceil_div(channels, LANES); ++block) {
-      const int64_t c = begin_of(block, channels), at = unit * channels + c;
-      const Vector total =
-          sum_of(rows, unit, c, [&](int64_t place) { return load(data + place, some); });
-      const float count = rows.count(unit);
-      const Vector middle = total / count;
-      // What rounding made of the mean shows in the sum of the distances, which would be zero.
-      Vector offset{};
-      const Vector square = sum_of(rows, unit, c, [&](int64_t place) {
-        const Vector distance = load(data + place, some) - middle;
-        offset += distance;
-        return distance * distance;
-      });
-      store(&means[at], middle, some);
-      store(&offsets[at], offset / count, some);
-      store(&squares[at], square - offset * offset / count, some);
-    }
-  });
-  for (int64_t group = 0; group < rows.groups; ++group)
-    for (int64_t c = 0; c < channels; ++c) {
-      double count = 0, middle = 0, square = 0;
-      for (int64_t unit = group * rows.chunks; unit < (group + 1) * rows.chunks; ++unit) {
-        const double more = rows.count(unit), sum = count + more;
-        const int64_t at = unit * channels + c;
-        const double distance = means[at] - middle + offsets[at];
-        middle += distance * more / sum;
-        square += squares[at] + distance * distance * count * more / sum;
-        count = sum;
-      }
-      mean->typed_data()[group * channels + c] = static_cast<float>(middle);
-      variance->typed_data()[group * channels + c] = static_cast<float>(square / count);
-    }
-  return ffi::Error::Success();
-}
-
 // Calls body(place, c, index of group and channel) for all vectors of a unit.
 template <typename Body>
 inline void for_all(const Groups& rows, int64_t unit, Body body) {
@@ -951,20 +1100,112 @@ inline void for_all(const Groups& rows, int64_t unit, Body body) {
     }
 }
 
-// y = activation(x * scale + shift).
-ffi::Error affine(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, int64_t activation,
-                  Result y) {
+// Mean and biased variance of each group and channel, or of each group's channels together. A
+// chunk's are formed in two passes over what is in the cache; the variance is that within chunks
+// plus that between them.
+void moments(ffi::ThreadPool& pool, const Groups& rows, const float* x, bool together, float* mean,
+             float* variance) {
+  const int64_t channels = rows.channels, some = std::min<int64_t>(channels, LANES);
+  const int64_t size = rows.units() * channels;
+  std::vector<float> means(size), offsets(size), squares(size);  // an offset is a mean's rest
+  parallel(pool, rows.units(), [&](int64_t unit) {
+    for (int64_t block = 0; block < ceil_div(channels, LANES); ++block) {
+      const int64_t c = begin_of(block, channels), at = unit * channels + c;
+      const Vector sum =
+          sum_of(rows, unit, c, [&](int64_t place) { return load(x + place, some); });
+      const float count = rows.count(unit);
+      const Vector middle = sum / count;
+      // What rounding made of the mean shows in the sum of the distances, which would be zero.
+      Vector offset{};
+      const Vector square = sum_of(rows, unit, c, [&](int64_t place) {
+        const Vector distance = load(x + place, some) - middle;
+        offset += distance;
+        return distance * distance;
+      });
+      store(&means[at], middle, some);
+      store(&offsets[at], offset / count, some);
+      store(&squares[at], square - offset * offset / count, some);
+    }
+  });
+  const double whole = static_cast<double>(rows.rows) * (together ? channels : 1);
+  const auto over = [&](int64_t group, int64_t c, auto value) {  // the sum over chunks
+    double sum = 0;
+    for (int64_t unit = group * rows.chunks; unit < (group + 1) * rows.chunks; ++unit)
+      sum += value(unit * channels + c, static_cast<double>(rows.count(unit)));
+    return sum;
+  };
+  for (int64_t group = 0; group < rows.groups; ++group)
+    for (int64_t c = 0; c < channels; c += together ? channels : 1) {
+      const int64_t place = together ? group : group * channels + c;
+      const int64_t end = together ? channels : c + 1;
+      double middle = 0, square = 0;
+      for (int64_t i = c; i < end; ++i)
+        middle += over(group, i, [&](int64_t at, double count) {
+          return count * (static_cast<double>(means[at]) + offsets[at]);
+        });
+      middle /= whole;
+      for (int64_t i = c; i < end; ++i)
+        square += over(group, i, [&](int64_t at, double count) {
+          const double distance = means[at] - middle + offsets[at];
+          return squares[at] + count * distance * distance;
+        });
+      mean[place] = static_cast<float>(middle);
+      variance[place] = static_cast<float>(square / whole);
+    }
+}
+
+// y = activation((x - mean) / sqrt(variance + epsilon) * scale + bias), with the mean and variance
+// of each group and channel or, if `together`, of each group.
+ffi::Error norm(ffi::ThreadPool pool, Floats x, Floats scale, Floats bias, float epsilon,
+                int64_t together, int64_t activation, Result y, Result mean, Result variance) {
   const Groups rows(x.dimensions());
-  const int64_t some = std::min<int64_t>(rows.channels, LANES);
+  const int64_t channels = rows.channels, some = std::min<int64_t>(channels, LANES);
+  moments(pool, rows, x.typed_data(), together, mean->typed_data(), variance->typed_data());
+  std::vector<float> slopes(rows.groups * channels), shifts(slopes.size());
+  float deviation = 1;
+  for (int64_t i = 0; i < rows.groups * channels; ++i) {
+    const int64_t place = together ? i / channels : i, c = i % channels;
+    if (!together || c == 0) deviation = std::sqrt(variance->typed_data()[place] + epsilon);
+    slopes[i] = scale.typed_data()[c] / deviation;
+    shifts[i] = bias.typed_data()[c] - mean->typed_data()[place] * slopes[i];
+  }
   with(activation, [&](auto kind) {
     parallel(pool, rows.units(), [&](int64_t unit) {
       for_all(rows, unit, [&](int64_t place, int64_t at) {
         const Vector value = load(x.typed_data() + place, some);
-        const Vector u = value * load(scale.typed_data() + at, some) +
-                         load(shift.typed_data() + at, some);
+        const Vector u = value * load(&slopes[at], some) + load(&shifts[at], some);
         store(y->typed_data() + place, activate<decltype(kind)::value>(u), some);
       });
     });
+  });
+  return ffi::Error::Success();
+}
+
+// Each row of x normalised by its own mean and variance, times a scale, plus a bias.
+ffi::Error layer_norm(ffi::ThreadPool pool, Floats x, Floats scale, Floats bias, float epsilon,
+                      Result y) {
+  const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
+  const int64_t chunk = std::max<int64_t>(8192 / channels, 1);
+  parallel(pool, ceil_div(rows, chunk), [&](int64_t unit) {
+    for (int64_t r = unit * chunk; r < std::min((unit + 1) * chunk, rows); ++r) {
+      const float* from = x.typed_data() + r * channels;
+      Vector sum{}, square{};
+      for (int64_t c = 0; c < channels; c += LANES) sum += load(from + c, channels - c);
+      const float mean = total(sum) / channels;
+      for (int64_t c = 0; c < channels; c += LANES) {
+        const Vector distance = load(from + c, channels - c) - mean;
+        const Vector counted = load(reinterpret_cast<const float*>(&distance), channels - c);
+        square += counted * counted;
+      }
+      const float inverse = 1 / std::sqrt(total(square) / channels + epsilon);
+      for (int64_t c = 0; c < channels; c += LANES) {
+        const int64_t count = channels - c;
+        const Vector unit_value = (load(from + c, count) - mean) * inverse;
+        const Vector value = unit_value * load(scale.typed_data() + c, count) +
+                             load(bias.typed_data() + c, count);
+        store(y->typed_data() + r * channels + c, value, count);
+      }
+    }
   });
   return ffi::Error::Success();
 }
@@ -1040,18 +1281,21 @@ ffi::Error norm_gradient(ffi::ThreadPool pool, Floats x, Floats cotangent, Float
 #define IN .Arg<Floats>()
 #define OUT .Ret<Floats>()
 #define NUMBER(name) .Attr<int64_t>(name)
+#define FLOAT(name) .Attr<float>(name)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, matmul, CALL IN IN IN IN NUMBER("activation") OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, matmul, CALL IN IN IN IN IN NUMBER("activation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulKernelGradient, matmul_kernel_gradient, CALL IN IN OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     Convolution, convolution,
-    CALL IN IN IN IN NUMBER("stride") NUMBER("dilation") NUMBER("activation") OUT);
+    CALL IN IN IN IN IN NUMBER("stride") NUMBER("dilation") NUMBER("activation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvolutionKernelGradient, convolution_kernel_gradient,
                               CALL IN IN NUMBER("stride") NUMBER("dilation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Attention, attention, CALL IN NUMBER("heads") OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SeparableContext, separable_context, CALL IN IN IN OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SeparableValues, separable_values, CALL IN IN IN IN OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     Depthwise, depthwise,
-    CALL IN IN IN IN NUMBER("stride") NUMBER("dilation") NUMBER("activation") OUT);
+    CALL IN IN IN IN IN NUMBER("stride") NUMBER("dilation") NUMBER("activation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InvertedResidual, inverted_residual,
                               CALL IN IN IN IN IN IN IN IN IN IN NUMBER("stride")
                                   NUMBER("activation") NUMBER("residual") OUT);
@@ -1059,8 +1303,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DepthwiseInputGradient, depthwise_input_gradient,
                               CALL IN IN NUMBER("stride") NUMBER("dilation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DepthwiseKernelGradient, depthwise_kernel_gradient,
                               CALL IN IN NUMBER("stride") NUMBER("dilation") OUT);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Moments, moments, CALL IN OUT OUT);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Affine, affine, CALL IN IN IN NUMBER("activation") OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    Norm, norm,
+    CALL IN IN IN FLOAT("epsilon") NUMBER("together") NUMBER("activation") OUT OUT OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LayerNorm, layer_norm, CALL IN IN IN FLOAT("epsilon") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NormGradientSums, norm_gradient_sums,
                               CALL IN IN IN IN IN IN NUMBER("activation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NormGradient, norm_gradient,

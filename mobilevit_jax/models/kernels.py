@@ -40,8 +40,8 @@ SWITCH = "MOBILEVIT_KERNELS"  # environment variable; "off" does without
 # By their numbers in kernels.cc.
 ACTIVATIONS: tuple[Activation | None, ...] = (None, nn.silu, nn.relu, nn.relu6, nn.hard_swish)
 DEPTHWISE_SIZES = (3, 5)
-# The kernels, and additions and multiplications of a call by the shapes of operands and result;
-# those of norms, finishes and softmax are left out.
+# The kernels, and additions and multiplications of a call by the shapes of operands and of the last
+# result; those of norms, finishes and softmax are left out.
 HANDLERS: Mapping[str, Callable[[Sequence[tuple[int, ...]], tuple[int, ...]], int]] = {
     "Matmul": lambda x, y: 2 * prod(y) * x[1][0],
     "MatmulKernelGradient": lambda x, y: 2 * prod(y) * x[0][0],
@@ -54,8 +54,10 @@ HANDLERS: Mapping[str, Callable[[Sequence[tuple[int, ...]], tuple[int, ...]], in
     "InvertedResidual": lambda x, y: (
         2 * (prod(x[0][:3]) * prod(x[1]) + prod(y[:3]) * (prod(x[4]) + prod(x[7])))
     ),
-    "Moments": lambda x, y: 0,
-    "Affine": lambda x, y: 0,
+    "SeparableContext": lambda x, y: 4 * prod(x[0]) + 2 * prod(y) * y[2],
+    "SeparableValues": lambda x, y: 2 * prod(y) * y[3],
+    "Norm": lambda x, y: 0,
+    "LayerNorm": lambda x, y: 0,
     "NormGradientSums": lambda x, y: 0,
     "NormGradient": lambda x, y: 0,
 }
@@ -149,7 +151,10 @@ def flops(program: str) -> int:
 
 
 def _calls(
-    handler: str, results: Sequence[tuple[int, ...]], *arrays: Array | None, **numbers: int
+    handler: str,
+    results: Sequence[tuple[int, ...]],
+    *arrays: Array | None,
+    **numbers: int | np.float32,
 ) -> list[Array]:
     """A kernel's results, of these shapes; None stands for an operand that is absent."""
     call = jax.ffi.ffi_call(
@@ -158,10 +163,13 @@ def _calls(
         vmap_method="sequential",
     )
     given = [jnp.zeros((0,), jnp.float32) if array is None else array for array in arrays]
-    return list(call(*given, **{name: np.int64(number) for name, number in numbers.items()}))
+    typed = {n: np.int64(v) if isinstance(v, int) else v for n, v in numbers.items()}
+    return list(call(*given, **typed))
 
 
-def _call(handler: str, result: tuple[int, ...], *arrays: Array | None, **numbers: int) -> Array:
+def _call(
+    handler: str, result: tuple[int, ...], *arrays: Array | None, **numbers: int | np.float32
+) -> Array:
     """The result of a kernel that has one."""
     return _calls(handler, [result], *arrays, **numbers)[0]
 
@@ -170,11 +178,12 @@ def _call(handler: str, result: tuple[int, ...], *arrays: Array | None, **number
 
 
 class Finish(NamedTuple):
-    """What follows a convolution, channel by channel: times a scale, plus a shift, activated."""
+    """What follows a convolution: times a scale, plus a shift, activated, plus another map."""
 
     scale: Float[Array, " d"] | None = None
     shift: Float[Array, " d"] | None = None
     activation: Activation | None = None
+    added: Float[Array, "*n d"] | None = None
 
     def __call__(self, y: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """Without a kernel; in the dtype of `y`, but scaled and shifted in float32.
@@ -187,7 +196,12 @@ class Finish(NamedTuple):
             x = x if self.scale is None else x * self.scale
             y = (x if self.shift is None else x + self.shift).astype(y.dtype)
         # The gradient of an activation needs y, not also what is computed on the way.
-        return y if self.activation is None else jax.checkpoint(self.activation)(y)
+        y = y if self.activation is None else jax.checkpoint(self.activation)(y)
+        return y if self.added is None else y + self.added
+
+    def arrays(self) -> tuple[Array | None, ...]:
+        """Those that it holds."""
+        return self.scale, self.shift, self.added
 
 
 class _Kind(NamedTuple):
@@ -209,10 +223,12 @@ def _convolve(
     scale: Array | None,
     shift: Array | None,
     activation: Activation | None,
+    added: Array | None,
 ) -> Array:
-    if activation is not None and activation not in ACTIVATIONS:
-        return activation(kind.forward(x, kernel, Finish(scale, shift)))
-    return kind.forward(x, kernel, Finish(scale, shift, activation))
+    if activation not in ACTIVATIONS:
+        rest = Finish(activation=activation, added=added)
+        return rest(kind.forward(x, kernel, Finish(scale, shift)))
+    return kind.forward(x, kernel, Finish(scale, shift, activation, added))
 
 
 def _convolve_forward(
@@ -222,17 +238,20 @@ def _convolve_forward(
     scale: Array | None,
     shift: Array | None,
     activation: Activation | None,
+    added: Array | None,
 ) -> tuple:
     # Where there will be a gradient, the activation is not the kernel's: its input is needed again.
-    y = _convolve(kind, x, kernel, scale, shift, None)
-    residuals = (x, kernel, scale, shift, None if activation is None else y)
-    return Finish(activation=activation)(y), residuals
+    rest = Finish() if activation is None else Finish(activation=activation, added=added)
+    y = _convolve(kind, x, kernel, scale, shift, None, None if rest.activation else added)
+    residuals = (x, kernel, scale, shift, y if rest.activation else None, added is not None)
+    return rest(y), residuals
 
 
 def _convolve_backward(
     kind: _Kind, activation: Activation | None, residuals: tuple, cotangent: Array
 ) -> tuple:
-    x, kernel, scale, shift, activated = residuals
+    x, kernel, scale, shift, activated, has_added = residuals
+    along_added = cotangent if has_added else None
     if activation is not None:
         (cotangent,) = jax.vjp(activation, activated)[1](cotangent)
     positions = tuple(range(cotangent.ndim - 1))
@@ -241,7 +260,7 @@ def _convolve_backward(
     if scale is not None:
         along_scale = (cotangent * kind.forward(x, kernel, Finish())).sum(positions)
         cotangent = cotangent * scale
-    return *kind.gradients(x, kernel, cotangent), along_scale, along_shift
+    return *kind.gradients(x, kernel, cotangent), along_scale, along_shift, along_added
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -322,10 +341,9 @@ def _inverted_residual_backward(
     activation: Activation | None, stride: int, residual: bool, residuals: tuple, cotangent: Array
 ) -> tuple:
     def in_steps(x: Array, operands: tuple) -> Array:
-        y = _convolve(_pointwise(), x, *operands[0], activation)
-        y = _convolve(_depthwise(stride, 1), y, *operands[1], activation)
-        y = _convolve(_pointwise(), y, *operands[2], None)
-        return x + y if residual else y
+        y = _convolve(_pointwise(), x, *operands[0], activation, None)
+        y = _convolve(_depthwise(stride, 1), y, *operands[1], activation, None)
+        return _convolve(_pointwise(), y, *operands[2], None, x if residual else None)
 
     return jax.vjp(in_steps, *residuals)[1](cotangent)
 
@@ -335,14 +353,17 @@ _inverted_residual.defvjp(_inverted_residual_forward, _inverted_residual_backwar
 
 def _finished(handler: str, result: tuple[int, ...], x: Array, kernel: Array, finish: Finish, **at):
     number = ACTIVATIONS.index(finish.activation)
-    return _call(handler, result, x, kernel, finish.scale, finish.shift, activation=number, **at)
+    return _call(handler, result, x, kernel, *finish.arrays(), activation=number, **at)
 
 
 @functools.cache
 def _pointwise() -> _Kind:
     def forward(x: Array, kernel: Array, finish: Finish) -> Array:
         flat = x.reshape(-1, x.shape[-1])  # (b h w) c
-        y = _finished("Matmul", (flat.shape[0], kernel.shape[1]), flat, kernel, finish)
+        result = (flat.shape[0], kernel.shape[1])
+        if finish.added is not None:
+            finish = finish._replace(added=finish.added.reshape(result))
+        y = _finished("Matmul", result, flat, kernel, finish)
         return y.reshape(*x.shape[:-1], kernel.shape[1])
 
     def gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
@@ -426,6 +447,27 @@ def attention(qkv: Float[Array, "b h w c"], *, heads: int) -> Float[Array, "b h 
     return _call("Attention", (*qkv.shape[:3], qkv.shape[3] // 3), qkv, heads=heads)
 
 
+def separable_attention(
+    source: Float[Array, "b sh sw d"],
+    x: Float[Array, "b h w d"],
+    kernel: Float[Array, "d m"],
+    bias: Float[Array, " m"],
+) -> Float[Array, "b h w d"]:
+    """The values of x times the context, taken from `source`, of their place in a patch of 2x2.
+
+    It has no gradient of its own.
+
+    Args:
+        source: what scores and keys are taken from.
+        x: what values are taken from.
+        kernel: of the score, the key and the value, in this order: `m = 1 + 2d`.
+        bias: of the same.
+    """
+    places = (x.shape[0], 4, x.shape[3])
+    context = _call("SeparableContext", places, source, kernel, bias)
+    return _call("SeparableValues", x.shape, x, kernel, bias, context)
+
+
 # --- norms ----------------------------------------------------------------------------------------
 
 
@@ -449,16 +491,20 @@ def norm(
         epsilon: added to the variance.
     """
     groups = _groups(x, axes)
-    mean, variance = _calls("Moments", [(groups.shape[0], groups.shape[2])] * 2, groups)
-    if x.ndim - 1 in axes:  # the channels share their statistics
-        shared = mean.mean(-1, keepdims=True)
-        variance = (variance + jnp.square(mean - shared)).mean(-1, keepdims=True)
-        mean = shared
-    slopes, shifts = _slopes(groups, mean, lax.rsqrt(variance + epsilon), scale, bias)
-    number = ACTIVATIONS.index(activation)
-    y = _call("Affine", groups.shape, groups, slopes, shifts, activation=number).reshape(x.shape)
+    together = x.ndim - 1 in axes  # the channels share their statistics
+    statistics = (groups.shape[0], 1 if together else groups.shape[2])
+    y, mean, variance = _calls(
+        "Norm",
+        [groups.shape, statistics, statistics],
+        groups,
+        scale,
+        bias,
+        epsilon=np.float32(epsilon),
+        together=int(together),
+        activation=ACTIVATIONS.index(activation),
+    )
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-    return y, mean.reshape(shape), variance.reshape(shape)
+    return y.reshape(x.shape), mean.reshape(shape), variance.reshape(shape)
 
 
 def norm_gradients(
@@ -503,6 +549,22 @@ def norm_gradients(
     )
     along_bias, along_scale = sums.sum(1)
     return along_x.reshape(x.shape), along_scale, along_bias
+
+
+def layer_norm(
+    x: Float[Array, "*n c"], scale: Float[Array, " c"], bias: Float[Array, " c"], *, epsilon: float
+) -> Float[Array, "*n c"]:
+    """Normalises every position by its own mean and variance; it has no gradient of its own.
+
+    Args:
+        x: positions with their channels.
+        scale: by channel, as `bias`.
+        bias: added after that.
+        epsilon: added to the variance.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = _call("LayerNorm", rows.shape, rows, scale, bias, epsilon=np.float32(epsilon))
+    return y.reshape(x.shape)
 
 
 def _groups(x: Array, axes: tuple[int, ...]) -> Float[Array, "g r c"]:

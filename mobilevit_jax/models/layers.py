@@ -167,6 +167,23 @@ def run_stage(
     return (nn.remat(run) if stage.name in remat else run)(stage, x)
 
 
+def add_branch(
+    x: Float[Array, "b *n c"],
+    branch: Callable[..., Array],
+    y: Float[Array, "b *n d"],
+    *,
+    dropout: float,
+    train: bool,
+) -> Float[Array, "b *n c"]:
+    """x plus the branch of y, with dropout on the branch; for use inside a compact module.
+
+    `branch(y, added=x)` gives both, so that a product can end with the addition.
+    """
+    if train and dropout:
+        return x + nn.Dropout(dropout, deterministic=False)(branch(y))
+    return branch(y, added=x)
+
+
 # --- layers ---------------------------------------------------------------------------------------
 
 
@@ -190,9 +207,16 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b *n c"], finish: Finish | None = None
+        self,
+        x: Float[Array, "b *n c"],
+        finish: Finish | None = None,
+        *,
+        added: Float[Array, "b *m d"] | None = None,
     ) -> Float[Array, "b *m d"]:
-        """Convolve, and add the bias and activate; or finish as the norm that follows wants it."""
+        """Convolve, and add the bias and activate; or finish as the norm that follows wants it.
+
+        `added` is a map that is added to the result.
+        """
         channels, area = x.shape[-1], self.kernel_size**2
         # fan_out counts all output channels, groups or not, as the published code does.
         kernel_init, bias_init = conv_inits(
@@ -202,7 +226,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
         if finish is None:
-            finish = Finish(activation=self.activation)
+            finish = Finish(activation=self.activation, added=added)
         if self.use_bias:
             finish = finish._replace(shift=self.param("bias", bias_init, (self.features,)))
         if self.kernel_size == self.stride == self.groups == 1:
@@ -237,12 +261,14 @@ class Linear(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-        """Multiply, add the bias, activate."""
+    def __call__(
+        self, x: Float[Array, "*b c"], *, added: Float[Array, "*b d"] | None = None
+    ) -> Float[Array, "*b d"]:
+        """Multiply, add the bias, activate, add another array where there is one."""
         shape = (x.shape[-1], self.features)
         init = _linear_init(self.weight_init, fan_in=shape[0], fan_out=shape[1])
         kernel = self.param("kernel", init, shape).astype(self.dtype)
-        finish = Finish(activation=self.activation)
+        finish = Finish(activation=self.activation, added=added)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             finish = finish._replace(shift=bias)
@@ -337,7 +363,8 @@ class LayerNorm(nn.Module):
         """Normalise every position by itself."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return _layer_norm(x.astype(self.dtype), scale, bias)
+        x = x.astype(self.dtype)
+        return (_kernel_layer_norm if kernels.serve(x) else _layer_norm)(x, scale, bias)
 
 
 @jax.checkpoint  # keeps the input for the gradient, and not also what is computed from it
@@ -346,6 +373,22 @@ def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     variance = jnp.square(x - mean).mean(-1, keepdims=True)
     y = (x - mean) * lax.rsqrt(variance + NORM_EPSILON) * scale + bias
     return y.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _kernel_layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+    return kernels.layer_norm(x, scale, bias, epsilon=NORM_EPSILON)
+
+
+def _layer_norm_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _kernel_layer_norm(*operands), operands
+
+
+def _layer_norm_backward(operands: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+    return jax.vjp(_layer_norm, *operands)[1](cotangent)
+
+
+_kernel_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def _affine(x: Array, mean: Array, variance: Array, scale: Array, bias: Array) -> Array:

@@ -56,16 +56,14 @@ class TransformerLayer(nn.Module):
     def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h w d"]:
         """Attend, then transform every token."""
         options: dict[str, Any] = {"weight_init": self.weight_init, "dtype": self.dtype}
-        dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
+        add = functools.partial(layers.add_branch, dropout=self.dropout, train=train)
         features = x.shape[-1]
         y = LayerNorm(dtype=self.dtype, name="norm_1")(x)
-        y = self.self_attention(**options, name="attention")(y)
-        x = x + dropout()(y)
+        x = add(x, self.self_attention(**options, name="attention"), y)
 
         y = LayerNorm(dtype=self.dtype, name="norm_2")(x)
         y = Linear(2 * features, activation=nn.silu, **options, name="ffn_1")(y)
-        y = Linear(features, **options, name="ffn_2")(y)
-        return x + dropout()(y)
+        return add(x, Linear(features, **options, name="ffn_2"), y)
 
 
 class MobileViTBlock(nn.Module):

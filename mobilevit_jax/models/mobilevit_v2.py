@@ -53,16 +53,15 @@ class AttentionLayer(nn.Module):
     def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h w d"]:
         """Attend, then transform every token."""
         options = {"weight_init": self.weight_init, "dtype": self.dtype}
+        add = functools.partial(layers.add_branch, dropout=self.dropout, train=train)
         y = GroupNorm(dtype=self.dtype, name="norm_1")(x)
-        y = self.self_attention(**options, name="attention")(y)
-        x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
+        x = add(x, self.self_attention(**options, name="attention"), y)
 
         hidden = 2 * x.shape[-1] // 16 * 16
         y = GroupNorm(dtype=self.dtype, name="norm_2")(x)
         conv = functools.partial(Conv, kernel_size=1, use_bias=True, **options)
         y = conv(hidden, activation=nn.silu, name="ffn_1")(y)
-        y = conv(x.shape[-1], name="ffn_2")(y)
-        return x + nn.Dropout(self.dropout, deterministic=not train)(y)
+        return add(x, conv(x.shape[-1], name="ffn_2"), y)
 
 
 class MobileViTV2Block(nn.Module):

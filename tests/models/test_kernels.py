@@ -35,12 +35,15 @@ def arrays(*shapes, seed=0):
 
 
 def both_ways(function, *operands):
-    """Compares value and gradients of a function with and without the kernels; gives the value."""
+    """Compares value and gradients of a function with and without the kernels; gives the value.
+
+    Operands are arrays, or trees of them.
+    """
 
     def all_of(*operands):
         y, pullback = jax.vjp(function, *operands)
         (cotangent,) = arrays(y.shape, seed=1)
-        return y, *pullback(cotangent)
+        return y, *jax.tree.leaves(pullback(cotangent))
 
     results = {}
     for wanted in (True, False):
@@ -63,13 +66,24 @@ FINISHES += [(False, True, nn.silu), (False, False, nn.relu)]
 
 @pytest.mark.parametrize(("scaled", "shifted", "activation"), FINISHES)
 def test_all_that_follows_a_convolution(scaled, shifted, activation):
-    x, kernel, scale, shift = arrays((2, 5, 7, 24), (24, 40), (40,), (40,))
+    x, kernel, scale, shift, added = arrays((2, 5, 7, 24), (24, 40), (40,), (40,), (2, 5, 7, 40))
 
-    def function(x, kernel, scale, shift):
+    def function(x, kernel, scale, shift, added):
         finish = Finish(scale if scaled else None, shift if shifted else None, activation)
-        return pointwise_conv(x, kernel, finish)
+        return pointwise_conv(x, kernel, finish._replace(added=added if shifted else None))
 
-    both_ways(function, x, kernel, scale, shift)
+    both_ways(function, x, kernel, scale, shift, added)
+
+
+def test_what_is_added_to_a_map():
+    x, cube, filters, added = arrays((2, 8, 6, 24), (3, 3, 24, 24), (3, 3, 1, 24), (2, 4, 3, 24))
+
+    def function(x, cube, filters, added):
+        finish = Finish(activation=nn.silu, added=added)
+        y = conv(x, cube, stride=2, finish=finish)
+        return y + depthwise_conv(x, filters, stride=2, dilation=1, finish=finish)
+
+    both_ways(function, x, cube, filters, added)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +154,14 @@ def test_norms(shape, axes, activation):
     np.testing.assert_allclose(variance, (3 * x).var(axes, keepdims=True), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 5, 40), (1, 1, 1, 3), (700, 16)])
+def test_layer_norm(shape):
+    x, scale, bias = arrays(shape, shape[-1:], shape[-1:])
+    params = {"scale": scale, "bias": bias}
+    norm = layers.LayerNorm()
+    both_ways(lambda x, params: norm.apply({"params": params}, 3 * x + 5), x, params)
+
+
 def test_a_small_variance_beside_a_large_mean():
     (x,) = arrays((1, 64, 64, 16))
     x = 1000 + 0.01 * x
@@ -161,6 +183,18 @@ def test_attention(size, channels, heads):
     with kernels.use(True):  # whoever wants to see the scores sees them
         _, seen = module.apply({"params": params}, x, mutable=["attention"])
     assert seen["attention"]["scores"][0].shape[:3] == (2, 4, heads)
+
+
+@pytest.mark.parametrize(("size", "other"), [((8, 12), None), ((2, 2), (6, 4)), ((36, 34), None)])
+def test_separable_attention(size, other):
+    module = attention.SeparableSelfAttention()
+    x, source = arrays((2, *size, 40), (2, *(other or size), 40))
+    params = jax.tree.map(lambda leaf: 3 * leaf, module.init(jax.random.key(0), x)["params"])
+    both_ways(lambda x, params: module.apply({"params": params}, x, added=x), x, params)
+    both_ways(lambda x, source: module.apply({"params": params}, x, source), x, source)
+    with kernels.use(True):  # whoever wants to see the scores sees them
+        _, seen = module.apply({"params": params}, x, mutable=["attention"])
+    np.testing.assert_allclose(seen["attention"]["scores"][0].sum((1, 2)), 4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", [nn.silu, nn.relu6])
@@ -247,6 +281,10 @@ def test_no_number_stays_none():
             y = layers._norm(x, jnp.ones(16), jnp.zeros(16), (0, 1, 2), activation)[0]
             assert np.isnan(y[..., 3]).all()
         assert np.isnan(kernels.attention(jnp.tile(x, 3), heads=1)[0, 1, 1]).any()
+        assert np.isnan(kernels.layer_norm(x, x[0, 0, 0], x[0, 0, 0], epsilon=1e-5)[0, 1, 1]).all()
+        kernel, bias = jnp.ones((16, 33)), jnp.ones(33)
+        y = kernels.separable_attention(x, jnp.ones_like(x), kernel, bias)
+        assert np.isnan(y[0, 1::2, 1::2]).all() and np.isfinite(y[0, ::2]).all()
 
 
 def test_who_does_without():
@@ -273,12 +311,22 @@ draw = lambda *shape: jax.numpy.asarray(rng.standard_normal(shape), "float32")
 x, square, filters, cube = draw(4, 33, 17, 24), draw(24, 40), draw(3, 3, 1, 24), draw(3, 3, 24, 8)
 def loss(x, square, filters, cube):
     y = layers._norm(x, filters[0, 0, 0], filters[1, 0, 0], (0, 1, 2), jax.nn.silu)[0]
+    y = y + layers._norm(x, filters[0, 0, 0], filters[1, 0, 0], (1, 2, 3), None)[0]
     y = depthwise_conv(y, filters, stride=2, dilation=1)
     return pointwise_conv(y, square).sum() + jax.numpy.sin(conv(y, cube)).sum()
-program = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+def inference(x, square, filters, cube):
+    finish = kernels.Finish(square[0, :24], square[1, :24], jax.nn.silu)
+    block = [(square[:, :24], finish), (filters, finish), (square[:, :24], finish)]
+    x = kernels.inverted_residual(x, block, stride=1, residual=True)[:, :32, :16]
+    x = kernels.layer_norm(x, square[0, :24], square[1, :24], epsilon=1e-5)
+    qkv = cube.reshape(24, -1)[:, :49]
+    x = kernels.separable_attention(x, x, qkv, cube.ravel()[:49])
+    return kernels.attention(x, heads=2)
+program = jax.jit(lambda *operands: (jax.grad(loss, (0, 1, 2, 3))(*operands), inference(*operands)))
 assert "mobilevit_jax.kernels" in program.lower(x, square, filters, cube).as_text()
-slopes = program(x, square, filters, cube)
-sys.stdout.buffer.write(b"".join(np.asarray(slope).tobytes() for slope in slopes))
+results = jax.tree.leaves(program(x, square, filters, cube))
+assert all(np.isfinite(result).all() for result in results)
+sys.stdout.buffer.write(b"".join(np.asarray(result).tobytes() for result in results))
 """
 
 
