@@ -296,13 +296,12 @@ struct Lines {
   int64_t rows_of(int64_t i) const { return std::min(length, rows - i * length); }
 };
 
-constexpr int64_t LINE = 4 * ROWS;   // rows of a matrix that make a line
 constexpr int64_t BLOCK = 128;       // rows, about, that are multiplied by a packed panel
 constexpr int64_t UNITS_EACH = 8;    // units of work for a thread, where there is as much
 
 Lines lines_of(const float* matrix, int64_t rows, int64_t columns) {
-  const int64_t count = std::max<int64_t>(ceil_div(rows, LINE), 1);
-  return {matrix, count, LINE, rows, columns, LINE * columns, count, 0};
+  const int64_t count = std::max<int64_t>(ceil_div(rows, ROWS), 1);
+  return {matrix, count, ROWS, rows, columns, ROWS * columns, count, 0};
 }
 
 // The pixels of a padded map that one tap meets, for all pixels of an output of height x width.
@@ -319,7 +318,7 @@ Lines lines_of(const Floats& padded, int64_t height, int64_t width, int64_t stri
 template <int R, int V>
 __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t step,
                                         const int64_t* taps, int64_t count, int64_t depth,
-                                        const float* panel, int64_t next, float* to) {
+                                        const float* panel, int64_t next, float* to, int64_t to_step) {
   Vector sums[R][V] = {};
   for (int64_t t = 0; t < count; ++t) {
     const float* from = a + taps[t];
@@ -335,16 +334,16 @@ __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t ste
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < V; ++j) store(to + r * COLUMNS + j * LANES, sums[r][j]);
+    for (int j = 0; j < V; ++j) store(to + r * to_step + j * LANES, sums[r][j]);
 }
 
 // The same for 1 to ROWS rows and 1 to COLUMNS columns; of the others `to` keeps what it had.
 void multiply(int64_t rows, int64_t columns, const float* a, int64_t row, int64_t step,
               const std::vector<int64_t>& taps, int64_t depth, const float* panel, int64_t next,
-              float* to) {
+              float* to, int64_t to_step = COLUMNS) {
   [&]<int... index>(std::integer_sequence<int, index...>) {
     const auto with = [&](auto multiply) {
-      multiply(a, row, step, taps.data(), taps.size(), depth, panel, next, to);
+      multiply(a, row, step, taps.data(), taps.size(), depth, panel, next, to, to_step);
     };
     ((rows != index + 1 ? void()
       : columns <= LANES ? with(multiply<index + 1, 1>)
@@ -667,13 +666,9 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, int64_t heads, Result y) 
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = t * tokens / tiles, rows = (t + 1) * tokens / tiles - first;
       alignas(64) float tile[ROWS * COLUMNS];
-      for (int64_t p = 0; p < key_panels; ++p) {
+      for (int64_t p = 0; p < key_panels; ++p)
         multiply(rows, COLUMNS, queries + first * depth, depth, 1, one_tap, depth,
-                 keys + p * depth * COLUMNS, COLUMNS, tile);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < COLUMNS; j += LANES)
-            store(scores + r * padded + p * COLUMNS + j, load(tile + r * COLUMNS + j));
-      }
+                 keys + p * depth * COLUMNS, COLUMNS, scores + p * COLUMNS, padded);
       float inverse[ROWS];
       for (int64_t r = 0; r < rows; ++r) {
         float* row = scores + r * padded;
