@@ -296,8 +296,8 @@ struct Lines {
   int64_t rows_of(int64_t i) const { return std::min(length, rows - i * length); }
 };
 
-constexpr int64_t BLOCK = 128;       // rows, about, that are multiplied by a packed panel
-constexpr int64_t UNITS_EACH = 8;    // units of work for a thread, where there is as much
+constexpr int64_t BLOCK = 128;     // rows, about, that are multiplied by a packed panel
+constexpr int64_t UNITS_EACH = 8;  // units of work for a thread, where there is as much
 
 Lines lines_of(const float* matrix, int64_t rows, int64_t columns) {
   const int64_t count = std::max<int64_t>(ceil_div(rows, ROWS), 1);
@@ -318,7 +318,8 @@ Lines lines_of(const Floats& padded, int64_t height, int64_t width, int64_t stri
 template <int R, int V>
 __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t step,
                                         const int64_t* taps, int64_t count, int64_t depth,
-                                        const float* panel, int64_t next, float* to, int64_t to_step) {
+                                        const float* panel, int64_t next, float* to,
+                                        int64_t to_step) {
   Vector sums[R][V] = {};
   for (int64_t t = 0; t < count; ++t) {
     const float* from = a + taps[t];

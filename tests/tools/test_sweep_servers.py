@@ -165,13 +165,15 @@ def test_killed_workers_lose_no_trial(server, tmp_path):
             ]
 
         (lost,) = wait_for(lambda: run_by(victim.pid), log, victim)
-        (process,) = children(victim.pid)
+        # The lock is there a moment before the process that runs the trial.
+        (process,) = wait_for(lambda: children(victim.pid), log, victim)
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         controller.send_signal(signal.SIGCONT)
         # A trial dies, and its worker goes on.
         (broken,) = wait_for(lambda: run_by(controller.pid), log, controller)
-        os.kill(children(controller.pid)[0], signal.SIGKILL)
+        child, *_ = wait_for(lambda: children(controller.pid), log, controller)
+        os.kill(child, signal.SIGKILL)
         helper = launch(server, "--worker", "--study=killed", "--workers=1", log=log)
         assert controller.wait(timeout=300) == 0, log.read_text()
         assert helper.wait(timeout=60) == 0, log.read_text()
