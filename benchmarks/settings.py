@@ -2,9 +2,9 @@
 
 Inference and the train step: with the kernels for CPUs (models/kernels.py) or with XLA's layers,
 and of these matrix products by XLA or by YNNPACK, and vectors of 512 or 256 bits
-(devices.compiler_options). Inference, too: a batch in parts of two images or at once
-(devices.images_at_a_time). The train step, too: reductions by YNNPACK or XLA. All compute the same
-up to rounding, which is checked first.
+(devices.compiler_options). Inference, too: a batch in parts as the project chooses
+(devices.images_at_a_time), or otherwise. The train step, too: reductions by YNNPACK or XLA. All
+compute the same up to rounding, which is checked first.
 
     python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
 """
@@ -36,16 +36,16 @@ class Setting(NamedTuple):
     """What is in place of the project's own choice."""
 
     kernels: bool = True
-    parts: bool = True  # a batch is worked on in parts
+    part: int = 0  # of a batch, which is worked on at a time; 0: as the project chooses
     options: Mapping[str, Any] = {}  # of the compiler
 
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "inference": {
         "as it is": Setting(),
-        "a batch at once": Setting(parts=False),
+        "two images at a time": Setting(part=2),
         "XLA's layers": Setting(kernels=False),
-        "… a batch at once": Setting(kernels=False, parts=False),
+        "… a batch at once": Setting(kernels=False, part=2**30),
         "… YNNPACK's products": Setting(kernels=False, options=PRODUCTS),
         "… vectors of 256 bits": Setting(kernels=False, options={devices.VECTORS: 256}),
     },
@@ -63,12 +63,15 @@ def call(network: str, batch_size: int, mode: str, setting: str) -> Callable[[],
     """The program of one setting, compiled, as a call that waits for what it gives."""
     chosen = SETTINGS[mode][setting]
     options = (devices.compiler_options() or {}) | chosen.options
-    part = devices.images_at_a_time() if chosen.parts else None
     size = zoo.ZOO[network].size
     with (
         kernels.use(chosen.kernels),
         mock.patch.object(devices, "compiler_options", lambda: options),
-        mock.patch.object(devices, "images_at_a_time", lambda *_: part),
+        mock.patch.object(
+            devices,
+            "images_at_a_time",
+            (lambda *_, **__: chosen.part) if chosen.part else devices.images_at_a_time,
+        ),
     ):
         if mode == "train":
             built = ours.built(ours.config(network, size=size, batch_size=batch_size))

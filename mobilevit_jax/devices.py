@@ -83,13 +83,23 @@ def memory() -> Memory | None:
     return Memory(stats["peak_bytes_in_use"], stats["bytes_limit"])
 
 
-def images_at_a_time(devices: int = 1) -> int | None:
-    """How many images inference works on at a time, on so many devices; None for a whole batch.
+def images_at_a_time(batch_size: int, *, devices: int = 1, kernels: bool) -> int | None:
+    """How many images of a batch inference works on at a time; None for all of them.
 
-    The maps of two images stay in a CPU's cache from one layer to the next, those of sixteen go to
-    memory and back (benchmarks/settings.py: a batch at once takes 1.15 to 1.24 times as long).
+    Of XLA's layers on a CPU, the maps of two images stay in its cache from one layer to the next,
+    those of sixteen go to memory and back. The kernels (models/kernels.py) keep what they can
+    themselves: there more images, up to 16, read the weights less often (benchmarks/settings.py).
+
+    Args:
+        batch_size: over all devices.
+        devices: that share a batch.
+        kernels: whether the network uses them.
     """
-    return 2 * devices if jax.default_backend() == "cpu" else None
+    if jax.default_backend() != "cpu":
+        return None
+    if not kernels:
+        return 2 * devices
+    return next((n for n in range(min(16, batch_size), 1, -1) if batch_size % n == 0), None)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from mobilevit_jax import build, devices, processes, sharding, steps
 from mobilevit_jax.data import imagenet_sets, pipeline, transforms
 from mobilevit_jax.data.record import Source
+from mobilevit_jax.models import kernels
 from mobilevit_jax.tasks import scores
 from mobilevit_jax.tree import Tree
 
@@ -72,7 +73,7 @@ def make(
     everywhere = sharding.replicated(mesh)
     batch = sharding.abstract_batch(mesh, batch_size=batch_size, size=network.input_spec.size)
     totals = sharding.abstract_like(_abstract_sums(network, batch), everywhere)
-    part = devices.images_at_a_time(mesh.size)
+    part = devices.images_at_a_time(batch_size, devices=mesh.size, kernels=kernels.serve())
     step = functools.partial(
         steps.eval_step,
         model=network.model,

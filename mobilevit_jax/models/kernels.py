@@ -240,18 +240,19 @@ def _convolve_forward(
     activation: Activation | None,
     added: Array | None,
 ) -> tuple:
+    residuals = (x, kernel, scale, shift, None if added is None else ())  # which has no leaves
+    if activation is None:
+        return _convolve(kind, x, kernel, scale, shift, None, added), (*residuals, None)
     # Where there will be a gradient, the activation is not the kernel's: its input is needed again.
-    rest = Finish() if activation is None else Finish(activation=activation, added=added)
-    y = _convolve(kind, x, kernel, scale, shift, None, None if rest.activation else added)
-    residuals = (x, kernel, scale, shift, y if rest.activation else None, added is not None)
-    return rest(y), residuals
+    y = _convolve(kind, x, kernel, scale, shift, None, None)
+    return Finish(activation=activation, added=added)(y), (*residuals, y)
 
 
 def _convolve_backward(
     kind: _Kind, activation: Activation | None, residuals: tuple, cotangent: Array
 ) -> tuple:
-    x, kernel, scale, shift, activated, has_added = residuals
-    along_added = cotangent if has_added else None
+    x, kernel, scale, shift, had_added, activated = residuals
+    along_added = None if had_added is None else cotangent
     if activation is not None:
         (cotangent,) = jax.vjp(activation, activated)[1](cotangent)
     positions = tuple(range(cotangent.ndim - 1))

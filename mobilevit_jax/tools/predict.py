@@ -16,7 +16,7 @@ from mobilevit_jax import build, devices, report, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import DataError, Record
 from mobilevit_jax.data.transforms import InputSpec
-from mobilevit_jax.models import zoo
+from mobilevit_jax.models import kernels, zoo
 from mobilevit_jax.models.attention import PATCH
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tasks.task import Task
@@ -151,9 +151,9 @@ def program(
         task=classification.classification(),
         input_spec=model.input_spec,
     )
-    part = devices.images_at_a_time()
 
     def run(variables: Tree, image: UInt8[Array, "b h w 3"]) -> Tree:
+        part = devices.images_at_a_time(len(image), kernels=kernels.serve())
         return steps.in_parts(lambda rows: ((), bound(variables, rows)), image, part=part)[1]
 
     return jax.jit(run, compiler_options=devices.compiler_options())

@@ -23,7 +23,7 @@ from mobilevit_jax import devices, programs, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import Record
 from mobilevit_jax.data.transforms import InputSpec
-from mobilevit_jax.models import zoo
+from mobilevit_jax.models import kernels, zoo
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tools import batching, files, predict, pretrained
 from mobilevit_jax.tree import Tree
@@ -250,7 +250,8 @@ def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs
             outputs: Any = model.apply(variables, steps.normalize(image, spec), train=False)
             return (), outputs["logits"].astype(jnp.float32)
 
-        return steps.in_parts(run, image, part=devices.images_at_a_time())[1]
+        part = devices.images_at_a_time(len(image), kernels=kernels.serve())
+        return steps.in_parts(run, image, part=part)[1]
 
     attend = functools.partial(
         predict.attention_step,
