@@ -6,7 +6,8 @@ and of these matrix products by XLA or by YNNPACK, and vectors of 512 or 256 bit
 (devices.images_at_a_time), or otherwise. The train step, too: reductions by YNNPACK or XLA. All
 compute the same up to rounding, which is checked first.
 
-    python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
+        python benchmarks/settings.py --models=mobilevitv2_100,mobilevit_s --json=FILE
 """
 
 import argparse

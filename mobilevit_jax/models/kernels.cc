@@ -113,9 +113,10 @@ INLINE Vector exponential(Vector x) {
   y = y * r + 2.402224208e-1f;
   y = y * r + 6.931469776e-1f;
   y = y * r + 1.0f;
-  // The low bits of `shifted` hold the power; they are added to the exponent.
-  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(y) +
-                                  (reinterpret_cast<Integers>(shifted) << 23));
+  // The low bits of `shifted` hold the power. A product, since adding it to the exponent of y could
+  // make a number of a NaN, whose bits may be any.
+  const Integers scale = (reinterpret_cast<Integers>(shifted) << 23) + (127 << 23);
+  return y * reinterpret_cast<Vector>(scale);
 }
 
 INLINE float total(Vector x) {
