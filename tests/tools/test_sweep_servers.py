@@ -149,8 +149,11 @@ def test_killed_workers_lose_no_trial(server, tmp_path):
     study = studies.join(server, "killed")
     known = study.trials
     assert len(known()) == trials
-    # Held until the other has a trial: where both start slowly, this one could take them all.
+    # Held until the other has a trial: where both start slowly, this one could take them all. Its
+    # trial, too, where it has one already: else that could end meanwhile.
     controller.send_signal(signal.SIGSTOP)
+    for child in children(controller.pid):
+        os.kill(child, signal.SIGSTOP)
     victim = launch(server, "--worker", "--study=killed", "--workers=1", log=log)
     try:
         # A worker dies, and its trial with it.
