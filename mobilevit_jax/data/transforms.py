@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from mobilevit_jax.data import jpeg
+from mobilevit_jax.data import jpeg, resample
 from mobilevit_jax.data.augment import Policy
 from mobilevit_jax.data.record import CorruptError, DataError, Record
 
@@ -31,12 +31,6 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
-}
-# How many pixels of the coarser grid each filter reaches to either side.
-REACH = {
-    Image.Resampling.BILINEAR: 1,
-    Image.Resampling.BICUBIC: 2,
-    Image.Resampling.LANCZOS: 3,
 }
 PILLOW = {
     "pil_bilinear": Image.Resampling.BILINEAR,
@@ -278,22 +272,15 @@ def _evaluation(
     image = _open(record)
     height, width = _short_size(record, image.height, image.width, short)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    if top < 0 or left < 0 or filtering not in REACH:
+    if top < 0 or left < 0 or filtering not in resample.REACH:
         _paste(_short(record, short, filtering), out, top, left)
         return
     across = _reach(left, size[1], image.width, width, filtering)
     down = _reach(top, size[0], image.height, height, filtering)
     part = image.part(Box(down.first, across.first, down.length, across.length))
-    resized = Image.fromarray(part)
-    # Horizontally first, see `_resample`.
-    resized = resized.resize(
-        (across.count, down.length), filtering, (across.low, 0, across.high, down.length)
-    )
-    resized = resized.resize(
-        (across.count, down.count), filtering, (0, down.low, across.count, down.high)
-    )
-    top, left = top - down.start, left - across.start
-    out[...] = resized.crop((left, top, left + size[1], top + size[0]))
+    box = across.low, down.low, across.high, down.high
+    resized = resample.resize(part, down.count, across.count, filtering, box)
+    out[...] = _cut(resized, Box(top - down.start, left - across.start, *size))
 
 
 def shown(record: Record, spec: InputSpec) -> tuple[float, float, float, float]:
@@ -333,7 +320,7 @@ def _reach(start: int, count: int, old: int, new: int, filtering: Image.Resampli
     end = -(-(start + count) // every) * every
     start = start // every * every
     low, high = start * old / new, end * old / new
-    margin = REACH[filtering] * max(old / new, 1.0) + 1
+    margin = resample.REACH[filtering] * max(old / new, 1.0) + 1
     first = max(math.floor(low - margin), 0)
     last = min(math.ceil(high + margin), old)
     return _Reach(start, end - start, first, last - first, low - first, high - first)
@@ -357,9 +344,9 @@ def random_resized_crop(
     Args:
       scale: smallest and largest area, as shares in (0, 1].
       ratio: smallest and largest aspect ratio.
-      resize: linear (no antialiasing: OpenCV, as MobileViT v1 was trained), fast_aa (antialiased
-        within about 1/255 of pil_bilinear in a third of its time), pil_bilinear or pil_bicubic (as
-        torchvision and timm on PIL images).
+      resize: linear (no antialiasing: OpenCV, as MobileViT v1 was trained), fast_aa (antialiased,
+        OpenCV, within about 1/255 of pil_bilinear), pil_bilinear or pil_bicubic (as torchvision and
+        timm on PIL images).
       flip: mirror left to right with probability 1/2.
       policy: what happens to the picture then (augment.py); None is nothing.
 
@@ -512,7 +499,7 @@ def resize_into(pixels: Pixels, out: Out, resize: str) -> None:
     if pixels.shape == out.shape:
         out[...] = pixels
     elif resize in PILLOW:
-        out[...] = _resample(pixels, out.shape[0], out.shape[1], PILLOW[resize])
+        out[...] = resample.resize(pixels, out.shape[0], out.shape[1], PILLOW[resize])
     else:
         down = pixels.shape[0] / out.shape[0], pixels.shape[1] / out.shape[1]
         interpolation = cv2.INTER_LINEAR
@@ -551,20 +538,7 @@ def _short(record: Record, short: int, filtering: Image.Resampling) -> Pixels:
     height, width = _short_size(record, image.shape[0], image.shape[1], short)
     if (height, width) == image.shape[:2]:
         return image
-    return np.asarray(_resample(image, height, width, filtering))
-
-
-def _resample(pixels: Pixels, height: int, width: int, filtering: Image.Resampling) -> Image.Image:
-    """Pillow's resize, horizontally first.
-
-    That is how all releases did it until 12, and so how the published weights were trained and
-    evaluated; 13 takes whichever order is less work, which changes pixels of some tall images (by
-    rounding, and with bicubic by up to 23 levels next to hard edges: measured).
-    """
-    image = Image.fromarray(pixels)
-    if filtering in REACH:
-        image = image.resize((width, image.height), filtering)
-    return image.resize((width, height), filtering)
+    return resample.resize(image, height, width, filtering)
 
 
 def _short_size(record: Record, height: int, width: int, short: int) -> tuple[int, int]:

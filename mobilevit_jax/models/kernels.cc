@@ -171,6 +171,9 @@ void with(int64_t activation, Body body) {
 
 // --- threads -------------------------------------------------------------------------------------
 
+// Programs that run now, as far as who runs them says so (`begin_program`).
+std::atomic<int64_t> programs{0};
+
 // Threads that help with one job at a time. A network is a chain of short jobs, and to wake a
 // thread of XLA's takes as long as many of them: these look out for the next job a while before
 // they sleep, and give way meanwhile to whoever wants the core.
@@ -185,8 +188,10 @@ class Helpers {
   // by the same core, mostly, in the next one.
   template <typename Body>
   void run(int64_t units, const Body& body) {
-    std::unique_lock<std::mutex> mine(one_job_, std::try_to_lock);
-    if (units == 1 || count_ == 0 || !mine) {  // another job has the helpers
+    std::unique_lock<std::mutex> mine(one_job_, std::defer_lock);
+    // With a program for every core, helpers would take its core from another one. And another job
+    // may have them.
+    if (units == 1 || count_ == 0 || programs > count_ || !mine.try_lock()) {
       for (int64_t unit = 0; unit < units; ++unit) body(unit);
       return;
     }
@@ -205,7 +210,8 @@ class Helpers {
     }
     work(0);
     open_ = false;  // who comes now does nothing
-    while (inside_ > 0) pause();
+    // Whose core was taken away, by a thread that decodes images, say, needs one to finish.
+    for (int64_t i = 0; inside_ > 0; ++i) i < SPINS ? pause() : std::this_thread::yield();
   }
 
  private:
@@ -213,6 +219,8 @@ class Helpers {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
   };
+
+  static constexpr int64_t SPINS = 1000;  // some tens of microseconds
 
   static void pause() {
 #if defined(__x86_64__)
@@ -1279,6 +1287,9 @@ ffi::Error norm_gradient(ffi::ThreadPool pool, Floats x, Floats cotangent, Float
 #define OUT .Ret<Floats>()
 #define NUMBER(name) .Attr<int64_t>(name)
 #define FLOAT(name) .Attr<float>(name)
+
+extern "C" void begin_program() { ++programs; }
+extern "C" void end_program() { --programs; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, matmul, CALL IN IN IN IN IN NUMBER("activation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulKernelGradient, matmul_kernel_gradient, CALL IN IN OUT);

@@ -80,6 +80,7 @@ class Library(NamedTuple):
 
     prefix: str = ""
     reason: str = ""
+    loaded: ctypes.CDLL | None = None
 
 
 _wanted: list[bool] = []  # of the innermost `use`, last
@@ -135,7 +136,25 @@ def library() -> Library:
     for handler in HANDLERS:
         capsule = jax.ffi.pycapsule(getattr(loaded, handler))
         jax.ffi.register_ffi_target(prefix + handler, capsule, platform="cpu")
-    return Library(prefix)
+    return Library(prefix, loaded=loaded)
+
+
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """A program is run inside; for those who run several at a time, in threads.
+
+    Threads help a program with its layers. Where there are as many programs as cores they do not:
+    every program keeps its own core busy, and none waits for another's.
+    """
+    loaded = library().loaded if serve() else None
+    if loaded is None:
+        yield
+        return
+    loaded.begin_program()
+    try:
+        yield
+    finally:
+        loaded.end_program()
 
 
 def flops(program: str) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from mobilevit_jax import native
-from mobilevit_jax.data import pipeline
+from mobilevit_jax.data import pipeline, resample
 from mobilevit_jax.models import kernels
 
 REQUIRED = (
@@ -74,6 +74,7 @@ def examine() -> list[Finding]:
     kept = native.BLOCKS.stem in os.environ.get("LD_PRELOAD", "")
     findings.append(Finding(True, "large blocks", "kept" if kept else "given back after each step"))
     findings.append(Finding(True, "CPU kernels", kernels.library().reason or "compiled"))
+    findings.append(Finding(True, "resizing", resample.library().reason or "compiled"))
 
     cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
     try:

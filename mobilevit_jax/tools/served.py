@@ -139,11 +139,13 @@ class Version:
 
     def _classify(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b k"]:
         program = self.programs.classify[len(images)]
-        return _finite(np.asarray(program(self.loaded.pretrained.variables, images)))
+        with kernels.program():
+            return _finite(np.asarray(program(self.loaded.pretrained.variables, images)))
 
     def _attend(self, images: UInt8[np.ndarray, "b h w 3"]) -> list[Attention]:
         assert self.programs.attend is not None
-        outputs = jax.device_get(self.programs.attend(self.loaded.pretrained.variables, images))
+        with kernels.program():
+            outputs = jax.device_get(self.programs.attend(self.loaded.pretrained.variables, images))
         maps = {name: values[0] for name, values in sorted(outputs["attention"].items())}
         relative = {name: values * values.size for name, values in maps.items()}
         return [Attention(_finite(outputs["probability"])[0], relative)]

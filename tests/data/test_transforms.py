@@ -236,7 +236,7 @@ def test_evaluation_does_not_depend_on_what_the_crop_leaves_out(interpolation: s
         high = int(short * height / width) if tall else int(short)
         wide = int(short) if tall else int(short * width / height)
         whole = Image.fromarray(image)
-        if interpolation != "nearest":  # Pillow may choose an order of its own, see _resample
+        if interpolation != "nearest":  # Pillow may choose an order of its own, see resample
             whole = whole.resize((wide, height), filtering)
         whole = np.asarray(whole.resize((wide, high), filtering))
         top, left = (high - size[0]) // 2, (wide - size[1]) // 2
@@ -376,7 +376,7 @@ def test_random_resized_crop_is_torchvisions(shape: tuple[int, int], scale: tupl
     for seed in range(8):
         top, left, h, w = torchvision_box(*shape, scale, (3 / 4, 4 / 3), rng(seed))
         cut = Image.fromarray(image).crop((left, top, left + w, top + h))
-        across = cut.resize((48, h), Image.Resampling.BICUBIC)  # see transforms._resample
+        across = cut.resize((48, h), Image.Resampling.BICUBIC)  # see resample.resize
         expected = across.resize((48, 32), Image.Resampling.BICUBIC)
         out = shown(transform, Record(image, 0, "x"), rng(seed), (32, 48))
         assert np.array_equal(out, np.asarray(expected))
