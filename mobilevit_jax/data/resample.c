@@ -3,11 +3,10 @@
  * Each output pixel is a weighted sum of neighbours: first along the rows, then along the columns,
  * rounded to 8 bits in between. Weights are computed in double precision and rounded to 22 bits
  * behind the point; the sums are exact in 32 bits (Pillow 13, src/libImaging/Resample.c, has the
- * same arithmetic: a compiler must not fuse products and sums of the weights,
- * -ffp-contract=off).
+ * same arithmetic: a compiler must not fuse products and sums of the weights, -ffp-contract=off).
  *
- * Along the rows, four rows are laid side by side, 4 bytes a pixel, so that one vector holds one
- * pixel of each: all have the same weight.
+ * Along the rows, a few of them are laid side by side, 4 bytes a pixel, so that one vector holds
+ * one pixel of each: all have the same weight.
  */
 
 #include <math.h>
@@ -15,17 +14,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX2__
-#include <immintrin.h>
+#ifndef __AVX2__
+#error "it wants AVX2: with shorter vectors Pillow is faster"
 #endif
+#include <immintrin.h>
 
 #define BITS 22 /* of a weight behind the point */
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
 #define WIDE 16 /* numbers of a vector */
-#elif defined(__AVX2__)
-#define WIDE 8
 #else
-#define WIDE 4
+#define WIDE 8
 #endif
 #define SIDE (WIDE / 4) /* rows at a time */
 
@@ -106,33 +104,29 @@ static int begin(Axis* axis, int64_t in, float low, float high, int64_t out, int
   return 1;
 }
 
-/* By name where there is one: GCC 12 widens and narrows number by number otherwise. */
+/* By name: __builtin_convertvector becomes code of GCC 12 that works number by number here. */
 static inline Ints widened(const uint8_t* from) {
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
   return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-#elif defined(__AVX2__)
-  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
 #else
-  Bytes bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, Ints);
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
 #endif
 }
 
 /* Sums as bytes: rounded (a half was in them from the start), and none below 0 or above 255. */
 static inline Bytes narrowed(Ints sums) {
   sums >>= BITS;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#ifdef __AVX512F__
+  sums &= ~(sums >> 31);
+  sums |= (255 - sums) >> 31;
+  return __builtin_convertvector(sums & 255, Bytes);
+#else
   const __m256i ints = (__m256i)sums;
   __m128i bytes = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
   bytes = _mm_packus_epi16(bytes, bytes);
   Bytes result;
   memcpy(&result, &bytes, sizeof result);
   return result;
-#else
-  sums &= ~(sums >> 31);
-  sums |= (255 - sums) >> 31;
-  return __builtin_convertvector(sums & 255, Bytes);
 #endif
 }
 

@@ -44,7 +44,6 @@ def library() -> Library:
 
 @functools.cache
 def _library() -> Library:
-    # Its vectors want AVX2: its plain form takes longer than Pillow (measured on x86-64).
     if platform.machine() not in ("x86_64", "AMD64"):
         return Library(reason="by Pillow: ours is for x86-64")
     # Fused products and sums would round the weights otherwise than Pillow does.

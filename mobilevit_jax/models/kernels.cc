@@ -1280,6 +1280,11 @@ ffi::Error norm_gradient(ffi::ThreadPool pool, Floats x, Floats cotangent, Float
 
 }  // namespace
 
+// --- what kernels.py calls -----------------------------------------------------------------------
+
+extern "C" void begin_program() { ++programs; }
+extern "C" void end_program() { --programs; }
+
 // --- what XLA calls ------------------------------------------------------------------------------
 
 #define CALL ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
@@ -1287,9 +1292,6 @@ ffi::Error norm_gradient(ffi::ThreadPool pool, Floats x, Floats cotangent, Float
 #define OUT .Ret<Floats>()
 #define NUMBER(name) .Attr<int64_t>(name)
 #define FLOAT(name) .Attr<float>(name)
-
-extern "C" void begin_program() { ++programs; }
-extern "C" void end_program() { --programs; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, matmul, CALL IN IN IN IN IN NUMBER("activation") OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulKernelGradient, matmul_kernel_gradient, CALL IN IN OUT);
