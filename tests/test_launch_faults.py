@@ -1,5 +1,6 @@
 """What befalls a run on its way: a loss that is not finite, a signal in an evaluation, a trace."""
 
+import errno
 import functools
 import gzip
 import json
@@ -11,6 +12,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import launch
@@ -122,22 +124,26 @@ def test_a_damaged_newest_checkpoint_is_told_by_who_reads_the_one_before(tmp_pat
     assert f"cannot read {newest} (" in said and f"; read {before}" in said
 
 
-def test_a_save_that_fails_takes_no_other_errors_place(tmp_path):
+def test_a_save_that_fails_takes_no_other_errors_place(tmp_path, monkeypatch):
+    """Orbax tells it once, to who waits; after a true one its threads would wait five minutes."""
     state = steps.TrainState(*({"x": np.zeros(1, np.float32)} for _ in range(5)))
-    told = []
+    troubles, told = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], []
+
+    def full(manager):
+        if troubles:
+            raise troubles.pop()
 
     def fail_to_save():
         with checkpoint.Checkpoints(tmp_path / "run", keep=1, note=told.append) as checkpoints:
             checkpoints.save(1, state, {})
             checkpoints.wait()
-            shutil.rmtree(tmp_path / "run")
-            (tmp_path / "run").write_text("")
-            checkpoints.save(2, state, {})
+            monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
             raise KeyError("the cause")
 
     with pytest.raises(KeyError, match="the cause"):
         fail_to_save()
     assert len(told) == 1 and "could not save a checkpoint" in told[0]
+    assert os.strerror(errno.ENOSPC) in told[0] and "Steps still there and intact: 1" in told[0]
 
 
 def test_a_trace_of_some_steps(tmp_path, capsys):

@@ -232,7 +232,9 @@ def test_interrupted_and_resumed_it_is_the_same(images, source, packed, tmp_path
 
 
 def launched(source, target, *options):
+    # A suite that runs in the background of a shell has SIGINT ignored, and all it starts as well.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys, launch; status = launch.main(sys.argv[1:]); "
         "assert 'jax' not in sys.modules; sys.exit(status)"
     )
@@ -244,8 +246,6 @@ def launched(source, target, *options):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A suite that runs in the background of a shell has it ignored, and all it starts as well.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
