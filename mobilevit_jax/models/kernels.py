@@ -141,10 +141,10 @@ def library() -> Library:
 
 @contextlib.contextmanager
 def program() -> Iterator[None]:
-    """A program is run inside; for those who run several at a time, in threads.
+    """A program, or other work of a core, is done inside; for those who do several at a time.
 
-    Threads help a program with its layers. Where there are as many programs as cores they do not:
-    every program keeps its own core busy, and none waits for another's.
+    Threads help a program with its layers. Where there is as much work as there are cores they do
+    not: each keeps its own core busy, and none waits for another's.
     """
     loaded = library().loaded if serve() else None
     if loaded is None:

@@ -49,6 +49,12 @@ class Question(NamedTuple):
     function: str | None
 
 
+def is_text(body: bytes) -> bool:
+    """Whether `parse` would take a body for JSON or base64, not for an image file."""
+    # What the JavaScript client makes of {inputs: "<base64>"}; no image begins as either does.
+    return bool(BASE64.match(body)) or body.lstrip()[:1] in (b"{", b"[", b'"')
+
+
 def parse(body: bytes) -> Question:
     """The question of a body: an image file, or JSON with one in base64.
 
@@ -57,11 +63,11 @@ def parse(body: bytes) -> Question:
     """
     if not body:
         raise Refused(400, 'the body is empty; send an image file, or {"inputs": "<base64>"}')
-    if BASE64.match(body):  # what the JavaScript client makes of {inputs: "<base64>"}
+    if not is_text(body):
+        return Question(body, TOP, None)
+    if BASE64.match(body):
         with contextlib.suppress(ValueError):
             return Question(base64.b64decode(body, validate=True), TOP, None)
-    if body.lstrip()[:1] not in (b"{", b"[", b'"'):  # no image begins so
-        return Question(body, TOP, None)
     try:
         question = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mobilevit_jax import build
 from mobilevit_jax.tools import served, service
 
-HEAD_SECONDS = 10.0  # for the lines before a body
+HEAD_SECONDS, HEAD_BYTES = 10.0, 2**15  # for the lines before a body
 CONNECTIONS = 1000
 SHUTDOWN_SECONDS = 30
 
@@ -30,7 +30,9 @@ SHUTDOWN_SECONDS = 30
 class _Protocol(H11Protocol):
     """uvicorn's, with a limit on the time for a request's head, and on connections.
 
-    Without it, a client that sends a header every few seconds keeps its connection for ever.
+    Without it, a client that sends a header every few seconds keeps its connection for ever. (The
+    one on httptools takes 0.2 ms less of a core for a request, and drops the body of one that asks
+    for HTTP/2 by the way, as Java's client does.)
     """
 
     _head: asyncio.TimerHandle | None = None
@@ -106,7 +108,7 @@ def run(app: Starlette, listening: socket.socket) -> None:
         server_header=False,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        h11_max_incomplete_event_size=2**15,
+        h11_max_incomplete_event_size=HEAD_BYTES,
     )
     uvicorn.Server(config).run([listening])
 

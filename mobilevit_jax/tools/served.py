@@ -135,7 +135,8 @@ class Version:
             self._looks.close()
 
     def _decode(self, image: bytes, out: UInt8[np.ndarray, "h w 3"]) -> None:
-        self._view(transforms.upright(_record(image)), out)
+        with kernels.program():  # it keeps a core busy as well
+            self._view(transforms.upright(_record(image)), out)
 
     def _classify(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b k"]:
         program = self.programs.classify[len(images)]

@@ -260,11 +260,9 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 async def _parsed(body: bytes) -> questions.Question:
     # A long text of base64 takes tens of milliseconds: not on the thread of all connections.
-    return (
-        await asyncio.to_thread(questions.parse, body)
-        if len(body) > 2**16
-        else questions.parse(body)
-    )
+    if len(body) > 2**16 and questions.is_text(body):
+        return await asyncio.to_thread(questions.parse, body)
+    return questions.parse(body)
 
 
 def _submitted(submit: Callable[[bytes], T], image: bytes) -> T:

@@ -537,6 +537,31 @@ def test_what_is_no_http(url, data):
     assert ask(url, JPEG).status == 200
 
 
+@pytest.mark.parametrize("more", [b"X-A: 1\r\n", b"a"])
+@pytest.mark.parametrize("begun", [b"", b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"])
+def test_heads_and_trailers_without_end(url, begun, more):
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(f"POST / HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n".encode() + begun)
+        with pytest.raises(ConnectionError):
+            for _ in range(256):
+                connection.sendall(more * (2**15 // len(more)))
+    assert ask(url, JPEG).status == 200
+
+
+def test_who_asks_for_http_2_is_answered_in_http_1(url):
+    """Java's client does, and curl with --http2."""
+    wish = {"upgrade": "h2c", "connection": "Upgrade, HTTP2-Settings", "http2_settings": "AAMAAABk"}
+    assert ask(url, JPEG, **wish).json == ask(url, JPEG).json
+
+
+def test_a_body_in_many_small_pieces(url):
+    png = encoded(size=(300, 300), kind="png")
+    assert len(png) > 2 * serve.HEAD_BYTES  # as long as what stands around the pieces
+    pieces = (png[at : at + 6] for at in range(0, len(png), 6))
+    assert ask(url, pieces).json == ask(url, png).json
+
+
 def test_clients_that_hang_up(url):
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
     head += f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
