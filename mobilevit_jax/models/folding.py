@@ -1,13 +1,17 @@
 """Batch norms folded into the convolutions before them, as a pure function of variables.
 
 At inference a batch norm is a factor and an offset per channel. The factor goes into the kernel of
-the convolution ahead of it, and what stays of the norm is the offset: its factor is exactly one, so
-that every compiler and converter drops the product and makes the sum the convolution's bias.
+the convolution ahead of it, and what stays of the norm is the offset. What networks want of a norm
+beside it is the same in all of them, and makes a factor of exactly one: a compiler that sees it as
+constants drops the product, and a converter makes the sum the convolution's bias.
 
-Before editing: the tree keeps its paths and shapes, so folded variables go wherever others do. They
-are for inference only: the running statistics are no longer those of anything.
+Before editing: paths and shapes of what is left stay. Folded parameters are for inference only: the
+running statistics are gone.
 """
 
+from collections.abc import Mapping
+
+import jax.numpy as jnp
 import numpy as np
 
 from mobilevit_jax.models.layers import NORM_EPSILON
@@ -17,34 +21,51 @@ from mobilevit_jax.tree import Tree
 UNIT_VARIANCE = np.float32(1) - np.float32(NORM_EPSILON)
 
 
-def fold_norms(variables: dict[str, Tree]) -> dict[str, Tree]:
-    """Variables of the same network with the batch norms' factors inside the kernels.
+def fold_norms(variables: Mapping[str, Tree]) -> Tree:
+    """Parameters with the batch norms' factors inside the kernels, and no more of a norm than bias.
 
     Args:
         variables: "params" and "batch_stats" of any network of this package, as numpy arrays.
 
     Returns:
-        The same tree in float32; its outputs at inference differ by rounding only.
+        Parameters in float32, for `complete`; outputs at inference differ by rounding only.
     """
-    params, statistics = _fold(variables["params"], variables["batch_stats"])
-    return {**variables, "params": params, "batch_stats": statistics}
+    return _fold(variables["params"], variables["batch_stats"])
 
 
-def _fold(params: Tree, statistics: Tree) -> tuple[Tree, Tree]:
+def complete(folded: Tree) -> dict[str, Tree]:
+    """Variables as networks take them; what was added is constant where a program is traced."""
+    params, statistics = _complete(folded)
+    return {"params": params, "batch_stats": statistics}
+
+
+def _fold(params: Tree, statistics: Tree) -> Tree:
     """Folds the norms of a module and of those inside it; only a ConvNorm's has running ones."""
-    folded, left = dict(params), dict(statistics)
+    folded = dict(params)
     for name, inside in statistics.items():
         if "mean" not in inside:
-            folded[name], left[name] = _fold(params[name], inside)
+            folded[name] = _fold(params[name], inside)
             continue
         norm, conv = params[name], params["conv"]
         variance = inside["var"].astype(np.float64) + NORM_EPSILON
         factor = norm["scale"] / np.sqrt(variance)
         offset = norm["bias"] - inside["mean"] * factor
         folded["conv"] = {**conv, "kernel": np.float32(conv["kernel"] * factor)}
-        folded[name] = {"scale": np.ones_like(norm["scale"]), "bias": np.float32(offset)}
-        left[name] = {
-            "mean": np.zeros_like(inside["mean"]),
-            "var": np.full_like(inside["var"], UNIT_VARIANCE),
-        }
-    return folded, left
+        folded[name] = {"bias": np.float32(offset)}
+    return folded
+
+
+def _complete(folded: Tree) -> tuple[Tree, Tree]:
+    params, statistics = dict(folded), {}
+    for name, inside in folded.items():
+        if not isinstance(inside, Mapping):
+            continue
+        if set(inside) != {"bias"}:
+            params[name], below = _complete(inside)
+            if below:
+                statistics[name] = below
+            continue
+        shape = inside["bias"].shape
+        params[name] = {"scale": jnp.ones(shape), "bias": inside["bias"]}
+        statistics[name] = {"mean": jnp.zeros(shape), "var": jnp.full(shape, UNIT_VARIANCE)}
+    return params, statistics

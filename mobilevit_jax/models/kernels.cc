@@ -14,12 +14,17 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+
+#if defined(__linux__)
+#include <sched.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -171,8 +176,54 @@ void with(int64_t activation, Body body) {
 
 // --- threads -------------------------------------------------------------------------------------
 
-// Programs that run now, as far as who runs them says so (`begin_program`).
+// Programs, and other work that keeps a core busy, now, as far as who has it says so
+// (`begin_program`, `begin_work`).
 std::atomic<int64_t> programs{0};
+
+struct alignas(64) Core {
+  std::atomic<int> threads{0};
+};
+
+// A core for a thread that computes, for as long as the seat lives. Where several programs run, Linux
+// leaves two such threads on one core for up to 20 ms, in turns, while another core has nothing to
+// do. So each says where it is, and who finds another one there goes to a core that nobody has.
+class Seat {
+#if defined(__linux__)
+ public:
+  Seat() {
+    const int here = sched_getcpu();
+    if (here < 0 || here >= CORES) return;
+    core_ = here;
+    cpu_set_t allowed, one;
+    if (taken_[here].threads++ == 0 || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    for (int core = (here + 1) % CORES; core != here; core = (core + 1) % CORES) {
+      int nobody = 0;
+      if (!CPU_ISSET(core, &allowed)) continue;
+      if (!taken_[core].threads.compare_exchange_strong(nobody, 1)) continue;
+      CPU_ZERO(&one);
+      CPU_SET(core, &one);
+      sched_setaffinity(0, sizeof one, &one);
+      sched_setaffinity(0, sizeof allowed, &allowed);
+      --taken_[std::exchange(core_, core)].threads;
+      return;
+    }
+  }
+
+  ~Seat() {
+    if (core_ >= 0) --taken_[core_].threads;
+  }
+
+  Seat(const Seat&) = delete;
+
+ private:
+  static constexpr int CORES = CPU_SETSIZE;
+  static inline Core taken_[CORES];
+  int core_ = -1;
+#else
+ public:
+  Seat() {}
+#endif
+};
 
 // Threads that help with one job at a time. A network is a chain of short jobs, and to wake a
 // thread of XLA's takes as long as many of them: these look out for the next job a while before
@@ -191,6 +242,7 @@ class Helpers {
     std::unique_lock<std::mutex> mine(one_job_, std::defer_lock);
     // With a program for every core, helpers would take its core from another one. And another job
     // may have them.
+    const Seat seat;
     if (units == 1 || count_ == 0 || programs > count_ || !mine.try_lock()) {
       for (int64_t unit = 0; unit < units; ++unit) body(unit);
       return;
@@ -250,7 +302,10 @@ class Helpers {
       }
       seen = jobs_;
       ++inside_;
-      if (open_) work(me);
+      if (open_) {
+        const Seat seat;
+        work(me);
+      }
       --inside_;
     }
   }
@@ -1284,6 +1339,19 @@ ffi::Error norm_gradient(ffi::ThreadPool pool, Floats x, Floats cotangent, Float
 
 extern "C" void begin_program() { ++programs; }
 extern "C" void end_program() { --programs; }
+
+// The same for what the calling thread does itself.
+namespace {
+thread_local std::optional<Seat> work_seat;
+}
+extern "C" void begin_work() {
+  begin_program();
+  work_seat.emplace();
+}
+extern "C" void end_work() {
+  work_seat.reset();
+  end_program();
+}
 
 // --- what XLA calls ------------------------------------------------------------------------------
 

@@ -139,22 +139,31 @@ def library() -> Library:
     return Library(prefix, loaded=loaded)
 
 
-@contextlib.contextmanager
-def program() -> Iterator[None]:
-    """A program, or other work of a core, is done inside; for those who do several at a time.
+def program() -> contextlib.AbstractContextManager[None]:
+    """A program runs inside; for those who run several at a time.
 
     Threads help a program with its layers. Where there is as much work as there are cores they do
     not: each keeps its own core busy, and none waits for another's.
     """
+    return _counted("begin_program", "end_program")
+
+
+def work() -> contextlib.AbstractContextManager[None]:
+    """As `program`, for something else that keeps a core busy, in the thread that is inside."""
+    return _counted("begin_work", "end_work")
+
+
+@contextlib.contextmanager
+def _counted(begin: str, end: str) -> Iterator[None]:
     loaded = library().loaded if serve() else None
     if loaded is None:
         yield
         return
-    loaded.begin_program()
+    getattr(loaded, begin)()
     try:
         yield
     finally:
-        loaded.end_program()
+        getattr(loaded, end)()
 
 
 def flops(program: str) -> int:

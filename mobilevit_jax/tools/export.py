@@ -22,8 +22,7 @@ from rich.console import Console
 
 from mobilevit_jax import build, report, steps
 from mobilevit_jax.data import transforms
-from mobilevit_jax.models import kernels, zoo
-from mobilevit_jax.models.folding import fold_norms
+from mobilevit_jax.models import folding, kernels, zoo
 from mobilevit_jax.tools import compare, coreml, files, formats, litert, onnx_graph, pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -118,8 +117,9 @@ def export(
     calibration = (
         [] if calibrate is None else compare.read_folder(calibrate, spec, most=CALIBRATION)
     )
+    folded = folding.complete(folding.fold_norms(variables))
     network = Network(
-        inference(model, fold_norms(variables), spec, raw_input=raw_input),
+        inference(model, folded, spec, raw_input=raw_input),
         size=spec.size,
         dtype=np.dtype(np.uint8 if raw_input else np.float32),
         opset=opset,

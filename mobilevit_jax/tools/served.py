@@ -2,15 +2,16 @@
 
 A `Version` is a model with one set of weights, and its queue. Reloading makes another one, which
 takes over the compiled programs where the network is the same; requests that the old one accepted
-are answered by it. Preprocessing is the evaluation transform of `data.transforms`, on the upright
-picture.
+are answered by it. Batch norms are folded into the convolutions: a fifth of the weights less to
+hand over, and 50 operations less to run. Preprocessing is the evaluation transform of
+`data.transforms`, on the upright picture.
 """
 
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from mobilevit_jax import devices, programs, steps
 from mobilevit_jax.data import transforms
 from mobilevit_jax.data.record import Record
 from mobilevit_jax.data.transforms import InputSpec
-from mobilevit_jax.models import kernels, zoo
+from mobilevit_jax.models import folding, kernels, zoo
 from mobilevit_jax.tasks import classification
 from mobilevit_jax.tools import batching, files, predict, pretrained
 from mobilevit_jax.tree import Tree
@@ -33,12 +34,12 @@ TIMED = 5  # runs of a program, of which the fastest one counts
 
 
 class Programs(NamedTuple):
-    """What is compiled of a network; weights are arguments.
+    """What is compiled of a network; weights are arguments, as `folding.fold_norms` leaves them.
 
     Attributes:
         model: the network.
         input_spec: how it wants its images.
-        classify: from (variables, images) to logits, by the number of images.
+        classify: from (weights, images) to logits, by the number of images.
         attend: the same for one image, with its attention; None where there is none to show.
         seconds: what `classify` takes, by the number of images.
         attend_seconds: what `attend` takes.
@@ -68,8 +69,9 @@ class Version:
     """A model with one set of weights.
 
     Attributes:
-        loaded: the model, its variables on the device.
+        loaded: the model; its variables are the weights for the programs, on the device.
         programs: compiled for it.
+        parameters: how many numbers were trained.
         since: seconds since the epoch when it was loaded.
     """
 
@@ -78,11 +80,13 @@ class Version:
         loaded: pretrained.Loaded,
         programs: Programs,
         *,
+        parameters: int,
         max_delay: float,
         max_waiting: int,
         decoders: Executor,
     ) -> None:
         self.loaded, self.programs, self.since = loaded, programs, time.time()
+        self.parameters = parameters
         self._view = transforms.evaluation(programs.input_spec)
         how = {"size": programs.input_spec.size, "decoders": decoders}
         self._queue = batching.Batcher(
@@ -135,7 +139,7 @@ class Version:
             self._looks.close()
 
     def _decode(self, image: bytes, out: UInt8[np.ndarray, "h w 3"]) -> None:
-        with kernels.program():  # it keeps a core busy as well
+        with kernels.work():
             self._view(transforms.upright(_record(image)), out)
 
     def _classify(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b k"]:
@@ -189,15 +193,15 @@ def load(
     """
     loaded = pretrained.read(reference, weights=weights, checkpoint=checkpoint)
     network = loaded.pretrained
-    loaded = loaded._replace(
-        pretrained=network._replace(variables=jax.device_put(network.variables))
-    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(network.variables["params"]))
+    variables: dict[str, Tree] = jax.device_put(folding.fold_norms(network.variables))
+    loaded = loaded._replace(pretrained=network._replace(variables=variables))
     same = before is not None and before[:2] == (network.model, network.input_spec)
     if not same:
         note(f"{identify(reference)}: compiling for batches of {', '.join(map(str, sizes))}")
         before = _compile(loaded.pretrained, sizes)
     assert before is not None
-    return Version(loaded, before, **queue)
+    return Version(loaded, before, parameters=parameters, **queue)
 
 
 def scores(logits: Float[np.ndarray, " k"], function: str) -> Float[np.ndarray, " k"]:
@@ -214,14 +218,13 @@ def card(version: Version, name: str) -> dict[str, Any]:
     family, source = version.loaded.family, dict(version.loaded.source)
     metrics = source.pop("metrics", {})
     network = version.loaded.pretrained
-    params = jax.tree.leaves(network.variables["params"])
     milliseconds = {size: round(1e3 * each, 3) for size, each in version.programs.seconds.items()}
     return {
         "id": name,
         "pipeline_tag": "image-classification",
         "library_name": "mobilevit_jax",
         "family": family,
-        "parameters": sum(leaf.size for leaf in params),
+        "parameters": version.parameters,
         "classes": len(network.labels),
         "input": network.input_spec._asdict(),
         "source": source,
@@ -246,9 +249,9 @@ def _finite(values: np.ndarray) -> np.ndarray:
 def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs:
     model, spec = network.model, network.input_spec
 
-    def classify(
-        variables: Mapping[str, Tree], image: UInt8[Array, "b h w 3"]
-    ) -> Float[Array, "b k"]:
+    def classify(weights: Tree, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b k"]:
+        variables = folding.complete(weights)
+
         def run(image: UInt8[Array, "b h w 3"]) -> tuple[tuple, Float[Array, "b k"]]:
             outputs: Any = model.apply(variables, steps.normalize(image, spec), train=False)
             return (), outputs["logits"].astype(jnp.float32)
@@ -256,12 +259,15 @@ def _compile(network: pretrained.Pretrained, sizes: tuple[int, ...]) -> Programs
         part = devices.images_at_a_time(len(image), kernels=kernels.serve())
         return steps.in_parts(run, image, part=part)[1]
 
-    attend = functools.partial(
-        predict.attention_step,
-        model=model,
-        task=classification.classification(),
-        input_spec=spec,
-    )
+    def attend(weights: Tree, image: UInt8[Array, "1 h w 3"]) -> dict[str, Any]:
+        return predict.attention_step(
+            folding.complete(weights),
+            image,
+            model=model,
+            task=classification.classification(),
+            input_spec=spec,
+        )
+
     jobs = [functools.partial(_compile_one, classify, network, size) for size in sizes]
     if predict.no_attention(model) is None:
         jobs.append(functools.partial(_compile_one, attend, network, 1))

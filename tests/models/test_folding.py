@@ -7,7 +7,7 @@ import pytest
 
 from mobilevit_jax import tree
 from mobilevit_jax.models import layers, zoo
-from mobilevit_jax.models.folding import UNIT_VARIANCE, fold_norms
+from mobilevit_jax.models.folding import UNIT_VARIANCE, complete, fold_norms
 from tests.weights import random_variables
 
 NETWORKS = [
@@ -23,7 +23,7 @@ NETWORKS = [
 def test_outputs_are_the_same_and_no_factor_is_left(family, fields):
     model = zoo.create(family, num_classes=7, **fields)
     variables = random_variables(model, seed=3)
-    folded = fold_norms(variables)
+    folded = complete(fold_norms(variables))
     assert tree.difference(variables, folded) == []
     image = jnp.asarray(np.random.default_rng(0).random((2, 64, 64, 3), np.float32))
     run = jax.jit(lambda variables: model.apply(variables, image)["logits"])
@@ -66,9 +66,10 @@ def test_by_hand():
         "mean": np.asarray([1.0, -2.0], np.float32),
         "var": np.asarray([4.0, 0.25], np.float32) - np.float32(layers.NORM_EPSILON),
     }
-    folded = fold_norms({"params": params, "batch_stats": {"stem": {"norm": norm}}})["params"]
+    folded = fold_norms({"params": params, "batch_stats": {"stem": {"norm": norm}}})
     # Factors 2 / 2 and 1 / 0.5; offsets 0.5 - 1 * 1 and 0 + 2 * 2.
     np.testing.assert_allclose(folded["stem"]["conv"]["kernel"].ravel(), [3.0, 6.0], rtol=1e-6)
     np.testing.assert_allclose(folded["stem"]["norm"]["bias"], [-0.5, 4.0], rtol=1e-6)
+    assert set(folded["stem"]["norm"]) == {"bias"}
     assert folded["head"] is params["head"]
     assert params["stem"]["norm"]["scale"][0] == 2  # the given ones are left as they were

@@ -345,6 +345,40 @@ def test_threads_change_no_bit():
     assert results[0].stdout and len({done.stdout for done in results}) == 1
 
 
+SEATS = """
+import ctypes, os, sys, threading
+from mobilevit_jax.models import kernels
+here = ctypes.CDLL(None).sched_getcpu
+both = set(sorted(os.sched_getaffinity(0))[:2])
+def sit(core, done, until):
+    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, both)
+    with kernels.work():
+        print(here() == core, os.sched_getaffinity(0) == both)
+        done.set()
+        until.wait()
+free, third = threading.Event(), threading.Event()
+for _ in range(2):  # the second one finds the first on its core
+    done = threading.Event()
+    threading.Thread(target=sit, args=(min(both), done, free)).start()
+    done.wait()
+last = threading.Thread(target=sit, args=(min(both), third, third))  # no core is free: it stays
+last.start()
+last.join()
+free.set()
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
+)
+def test_who_finds_another_on_its_core_goes_to_a_free_one():
+    environment = os.environ | {"XLA_FLAGS": ""}  # one device
+    done = subprocess.run([sys.executable, "-c", SEATS], env=environment, capture_output=True)
+    lines = [line.split() for line in done.stdout.decode().splitlines()]
+    assert lines == [["True", "True"], ["False", "True"], ["True", "True"]], done.stderr.decode()
+
+
 def test_it_can_be_switched_off():
     code = "from mobilevit_jax.models import kernels; print(kernels.library().reason)"
     environment = os.environ | {kernels.SWITCH: "off"}

@@ -10,7 +10,7 @@ import pytest
 
 from mobilevit_jax import steps
 from mobilevit_jax.models import zoo
-from mobilevit_jax.models.folding import fold_norms
+from mobilevit_jax.models.folding import complete, fold_norms
 from mobilevit_jax.tools import onnx_graph
 from tests.nets import SPEC
 from tests.weights import random_variables
@@ -46,7 +46,11 @@ def network(name):
 
     image = np.random.default_rng(5).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     expected = jax.jit(functools.partial(run, variables=trained))(image)
-    return functools.partial(run, variables=fold_norms(trained)), image, np.asarray(expected)
+    return (
+        functools.partial(run, variables=complete(fold_norms(trained))),
+        image,
+        np.asarray(expected),
+    )
 
 
 def converted(name, *, opset=onnx_graph.OPSET):
