@@ -12,7 +12,6 @@ import binascii
 import contextlib
 import json
 import re
-import time
 from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
@@ -130,29 +129,30 @@ class Bodies:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > BODY_LIMIT:
             raise _too_long()
-        parts, size, begin = [], 0, time.monotonic()
-        stream = request.stream()
+        parts: list[bytes] = []
         try:
-            while True:
-                left = begin + BODY_SECONDS - time.monotonic()
-                try:
-                    async with asyncio.timeout(max(0.0, min(left, CHUNK_SECONDS))):
-                        part = await anext(stream, b"")
-                except TimeoutError:
-                    raise Refused(408, "the body does not arrive; connect again") from None
-                if not part:
-                    break
-                size += len(part)
-                self._held += len(part)
-                parts.append(part)
-                if size > BODY_LIMIT:
-                    raise _too_long()
-                if self._held > BODIES_LIMIT:
-                    raise Refused(429, "too much is being sent at once", {"Retry-After": "1"})
+            await self._collect(request, parts)
             request.state.read = True
             yield b"".join(parts)
         finally:
-            self._held -= size
+            self._held -= sum(map(len, parts))
+
+    async def _collect(self, request: Request, parts: list[bytes]) -> None:
+        now, size = asyncio.get_running_loop().time, 0
+        end = now() + BODY_SECONDS
+        try:
+            async with asyncio.timeout(CHUNK_SECONDS) as limit:
+                async for part in request.stream():
+                    size += len(part)
+                    self._held += len(part)
+                    parts.append(part)
+                    if size > BODY_LIMIT:
+                        raise _too_long()
+                    if self._held > BODIES_LIMIT:
+                        raise Refused(429, "too much is being sent at once", {"Retry-After": "1"})
+                    limit.reschedule(min(now() + CHUNK_SECONDS, end))
+        except TimeoutError:
+            raise Refused(408, "the body does not arrive; connect again") from None
 
 
 def _too_long() -> Refused:
