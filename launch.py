@@ -890,7 +890,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    if missing := [name for name in ("starlette", "uvicorn", "httptools") if not importlib.util.find_spec(name)]:
+    wanted = ("starlette", "uvicorn", "httptools")
+    if missing := [name for name in wanted if not importlib.util.find_spec(name)]:
         raise UsageError(f"serve needs {' and '.join(missing)}: pip install 'mobilevit_jax[serve]'")
     from mobilevit_jax.tools import serve
 
