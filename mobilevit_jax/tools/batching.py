@@ -64,22 +64,30 @@ class _Ready(NamedTuple):
     since: float  # seconds, time.monotonic()
 
 
-def plan(seconds: Mapping[int, float]) -> list[int]:
-    """For 0, 1, 2, … waiting images, the size of the batch to begin with.
+def plan(seconds: Mapping[int, float], most: int, *, at_once: int) -> list[int]:
+    """For 0, 1, 2, … up to `most` waiting images, the size of the batch to begin with.
 
     They are to wait as little as can be, all taken together: where a batch costs in proportion to
     its size (CPUs) they are computed one by one, where a larger one costs little more
-    (accelerators) 5 of them are padded to 8.
+    (accelerators) 5 of them are padded to 8. But as long as more keep coming, the wait depends on
+    the rate alone. So a batch is at least as large as is best for that, of sizes that leave as many
+    images for the next batches as are being computed.
 
     Args:
         seconds: what a batch takes, by its size; 1 must be among the sizes.
+        most: images.
+        at_once: batches being computed.
     """
     sizes = sorted(seconds, reverse=True)  # of equally good ones the larger: it answers more
     total, first = [0.0], [0]
-    for waiting in range(1, sizes[0] + 1):
+    for waiting in range(1, most + 1):
         costs = {size: waiting * seconds[size] + total[max(waiting - size, 0)] for size in sizes}
         first.append(min(costs, key=lambda size: costs[size]))
         total.append(costs[first[-1]])
+    for waiting in range(1, most + 1):
+        steady = [size for size in sorted(seconds) if 2 * at_once * size <= waiting] or [1]
+        fastest = min(steady, key=lambda size: seconds[size] / size)
+        first[waiting] = max(first[waiting], fastest)
     return first
 
 
@@ -109,7 +117,8 @@ class Batcher:
         decoders: Executor,
     ) -> None:
         self._compute, self._size, self._decoders = compute, size, decoders
-        self._plan, self._max_delay, self._max_waiting = plan(seconds), max_delay, max_waiting
+        self._plan = plan(seconds, max(max_waiting, *seconds), at_once=at_once)
+        self._max_delay, self._max_waiting = max_delay, max_waiting
         self._rate = max(size / taken for size, taken in seconds.items())  # images/s at best
         self._changed = threading.Condition(threading.RLock())
         self._ready: collections.deque[_Ready] = collections.deque()
@@ -190,15 +199,24 @@ class Batcher:
                 if not self._ready and self._closed and not self._decoding:
                     return None
                 self._changed.wait(patience)
-            size = self._plan[min(len(self._ready), len(self._plan) - 1)]
-            return [self._ready.popleft() for _ in range(min(size, len(self._ready)))], size
+            ready = len(self._ready)
+            # What is on its way waits as well, so a long queue is one for larger batches.
+            size = self._first(ready + self._decoding)
+            if size > ready:
+                size = self._first(ready)
+            return [self._ready.popleft() for _ in range(min(size, ready))], size
+
+    def _first(self, waiting: int) -> int:
+        # Requests that nobody waits for any more may stand beside as many as may be inside.
+        return self._plan[min(waiting, len(self._plan) - 1)]
 
     def _patience(self) -> float | None:
         """Seconds to wait for more images; None for as long as it takes, where there is none."""
         if not self._ready:
             return None
-        now, *with_more = self._plan[min(len(self._ready), len(self._plan) - 1) :]
-        if not self._decoding or max(with_more, default=0) <= now:
+        ready = len(self._ready)
+        with_more = max(self._first(ready + more) for more in range(self._decoding + 1))
+        if with_more <= self._first(ready):
             return 0.0
         return self._ready[0].since + self._max_delay - time.monotonic()
 

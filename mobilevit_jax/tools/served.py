@@ -30,7 +30,7 @@ from mobilevit_jax.tools import batching, files, predict, pretrained
 from mobilevit_jax.tree import Tree
 
 AT_ONCE = 2  # batches: one alone leaves a part of the cores idle, and an accelerator its host
-TIMED = 5  # runs of a program, of which the fastest one counts
+TIMED, TIMED_SECONDS = 5, 0.3  # runs of a program at least, of which the fastest one counts
 
 
 class Programs(NamedTuple):
@@ -301,10 +301,15 @@ def _seconds(
 ) -> list[float]:
     """What programs take when they are warm, each for batches of its size."""
     times: list[list[float]] = [[] for _ in sized]
-    for _ in range(1 + TIMED):  # by turns: they are to be compared
+    more = True
+    while more:  # by turns: they are to be compared
+        more = False
         for (program, size), spent in zip(sized, times, strict=True):
+            if len(spent) > TIMED and sum(spent[1:]) > TIMED_SECONDS:
+                continue
             images = np.zeros((size, *network.input_spec.size, 3), np.uint8)
             begin = time.monotonic()
             jax.block_until_ready(program(network.variables, images))
             spent.append(time.monotonic() - begin)
+            more = True
     return [min(spent[1:]) for spent in times]

@@ -1,5 +1,6 @@
 """Batches: sizes, waiting, bounds, failures and the end, with events instead of clocks."""
 
+import functools
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
@@ -86,12 +87,22 @@ def wait_for(batcher, count):
 
 
 def test_plan():
-    assert batching.plan(LINEAR) == [0, 1, 1, 1, 1]
-    assert batching.plan(GROWING) == [0, 1, 2, 2, 4]  # 3 are 2 and 1
-    assert batching.plan(FLAT) == [0, 8, 8, 8, 8, 8, 8, 8, 8]
+    plan = functools.partial(batching.plan, at_once=2)
+    assert plan(LINEAR, 8) == [0, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert plan(GROWING, 4) == [0, 1, 2, 2, 4]  # 3 are 2 and 1
+    assert plan(FLAT, 8) == [0, 8, 8, 8, 8, 8, 8, 8, 8]
     # 4 cost as much as 2 single ones: 2 images are computed alone, 3 are padded, 5 are 4 and 1.
-    assert batching.plan({1: 1.0, 4: 2.0}) == [0, 1, 1, 4, 4]
-    assert batching.plan({1: 1.0, 4: 2.0, 8: 6.0})[5:7] == [4, 4]
+    assert plan({1: 1.0, 4: 2.0}, 4) == [0, 1, 1, 4, 4]
+    assert plan({1: 1.0, 4: 2.0, 8: 6.0}, 8)[5:7] == [4, 4]
+
+
+def test_a_long_queue_is_for_the_best_rate():
+    seconds = {1: 1.0, 2: 1.98, 4: 3.9, 8: 7.9}
+    plan = batching.plan(seconds, 40, at_once=2)
+    assert plan[:8] == [0, *[1] * 7]
+    assert plan[8:16] == [2] * 8  # of 8, two batches of 2 are computed, and as many are left
+    assert plan[16:] == [4] * 25  # 8 at a time would be slower
+    assert batching.plan(seconds, 8, at_once=1)[4:] == [2, 2, 2, 2, 4]
 
 
 def test_one_image_does_not_wait_for_others_that_do_not_come(made, compute):
