@@ -65,6 +65,8 @@ class _Protocol(HttpToolsProtocol):
         self._unread = 0
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+        elif not self.parser.should_keep_alive():
+            raise ValueError("the parser drops all that follows such a head, and does not say so")
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0

@@ -530,6 +530,7 @@ def test_slow_clients(threaded, monkeypatch):
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 2**17,
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
 )
 def test_what_is_no_http(url, data):
@@ -552,7 +553,16 @@ def test_heads_and_trailers_without_end(url, begun, more):
 def test_who_asks_for_http_2_is_answered_in_http_1(url):
     """Java's client does, and curl with --http2."""
     wish = {"upgrade": "h2c", "connection": "Upgrade, HTTP2-Settings", "http2_settings": "AAMAAABk"}
-    assert ask(url, JPEG, **wish).json == ask(url, JPEG).json
+    long = encoded(size=(300, 300), kind="png")
+    for image in (JPEG, long, iter([long[:9], long[9:]])):  # the last one in chunks
+        assert ask(url, image, **wish).json == ask(url, JPEG if image is JPEG else long).json
+    # Nor does a second request on the same connection get lost.
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nUpgrade: h2c\r\n"
+    one = f"{head}Connection: Upgrade\r\nContent-Length: {len(JPEG)}\r\n\r\n".encode() + JPEG
+    last = one.replace(b": Upgrade", b": close")
+    assert raw(url, one + one + last).count(b" 200 OK") == 3
+    both = one.replace(b": Upgrade", b": Upgrade, close")  # nobody does
+    assert raw(url, both).startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_body_in_many_small_pieces(url):
