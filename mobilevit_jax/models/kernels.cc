@@ -239,10 +239,10 @@ class Helpers {
   // by the same core, mostly, in the next one.
   template <typename Body>
   void run(int64_t units, const Body& body) {
+    const Seat seat;
     std::unique_lock<std::mutex> mine(one_job_, std::defer_lock);
     // With a program for every core, helpers would take its core from another one. And another job
     // may have them.
-    const Seat seat;
     if (units == 1 || count_ == 0 || programs > count_ || !mine.try_lock()) {
       for (int64_t unit = 0; unit < units; ++unit) body(unit);
       return;

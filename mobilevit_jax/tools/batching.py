@@ -64,8 +64,8 @@ class _Ready(NamedTuple):
     since: float  # seconds, time.monotonic()
 
 
-def plan(seconds: Mapping[int, float], most: int, *, at_once: int) -> list[int]:
-    """For 0, 1, 2, … up to `most` waiting images, the size of the batch to begin with.
+def plan(seconds: Mapping[int, float], *, at_once: int) -> list[int]:
+    """For 0, 1, 2, … waiting images, the size of the batch to begin with; the last is for more.
 
     They are to wait as little as can be, all taken together: where a batch costs in proportion to
     its size (CPUs) they are computed one by one, where a larger one costs little more
@@ -75,11 +75,10 @@ def plan(seconds: Mapping[int, float], most: int, *, at_once: int) -> list[int]:
 
     Args:
         seconds: what a batch takes, by its size; 1 must be among the sizes.
-        most: images.
         at_once: batches being computed.
     """
     sizes = sorted(seconds, reverse=True)  # of equally good ones the larger: it answers more
-    total, first = [0.0], [0]
+    total, first, most = [0.0], [0], 2 * at_once * sizes[0]
     for waiting in range(1, most + 1):
         costs = {size: waiting * seconds[size] + total[max(waiting - size, 0)] for size in sizes}
         first.append(min(costs, key=lambda size: costs[size]))
@@ -117,7 +116,7 @@ class Batcher:
         decoders: Executor,
     ) -> None:
         self._compute, self._size, self._decoders = compute, size, decoders
-        self._plan = plan(seconds, max(max_waiting, *seconds), at_once=at_once)
+        self._plan = plan(seconds, at_once=at_once)
         self._max_delay, self._max_waiting = max_delay, max_waiting
         self._rate = max(size / taken for size, taken in seconds.items())  # images/s at best
         self._changed = threading.Condition(threading.RLock())
@@ -207,7 +206,6 @@ class Batcher:
             return [self._ready.popleft() for _ in range(min(size, ready))], size
 
     def _first(self, waiting: int) -> int:
-        # Requests that nobody waits for any more may stand beside as many as may be inside.
         return self._plan[min(waiting, len(self._plan) - 1)]
 
     def _patience(self) -> float | None:

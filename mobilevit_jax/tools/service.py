@@ -133,7 +133,7 @@ class Service:
             response.raw_headers += [
                 (b"x-compute-time", b"%.3f" % seconds),
                 (b"x-compute-type", self._device.encode()),
-                (b"x-request-id", request_id.encode()),
+                (b"x-request-id", request_id.encode("latin-1")),
             ]
             return response
 

@@ -88,21 +88,21 @@ def wait_for(batcher, count):
 
 def test_plan():
     plan = functools.partial(batching.plan, at_once=2)
-    assert plan(LINEAR, 8) == [0, 1, 1, 1, 1, 1, 1, 1, 1]
-    assert plan(GROWING, 4) == [0, 1, 2, 2, 4]  # 3 are 2 and 1
-    assert plan(FLAT, 8) == [0, 8, 8, 8, 8, 8, 8, 8, 8]
+    assert plan(LINEAR) == [0, *[1] * 16]
+    assert plan(GROWING)[:5] == [0, 1, 2, 2, 4]  # 3 are 2 and 1
+    assert plan(FLAT) == [0, *[8] * 32]
     # 4 cost as much as 2 single ones: 2 images are computed alone, 3 are padded, 5 are 4 and 1.
-    assert plan({1: 1.0, 4: 2.0}, 4) == [0, 1, 1, 4, 4]
-    assert plan({1: 1.0, 4: 2.0, 8: 6.0}, 8)[5:7] == [4, 4]
+    assert plan({1: 1.0, 4: 2.0})[:5] == [0, 1, 1, 4, 4]
+    assert plan({1: 1.0, 4: 2.0, 8: 6.0})[5:7] == [4, 4]
 
 
 def test_a_long_queue_is_for_the_best_rate():
     seconds = {1: 1.0, 2: 1.98, 4: 3.9, 8: 7.9}
-    plan = batching.plan(seconds, 40, at_once=2)
+    plan = batching.plan(seconds, at_once=2)
     assert plan[:8] == [0, *[1] * 7]
     assert plan[8:16] == [2] * 8  # of 8, two batches of 2 are computed, and as many are left
-    assert plan[16:] == [4] * 25  # 8 at a time would be slower
-    assert batching.plan(seconds, 8, at_once=1)[4:] == [2, 2, 2, 2, 4]
+    assert plan[16:] == [4] * 17  # 8 at a time would be slower
+    assert batching.plan(seconds, at_once=1)[4:9] == [2, 2, 2, 2, 4]
 
 
 def test_one_image_does_not_wait_for_others_that_do_not_come(made, compute):
