@@ -53,7 +53,7 @@ START_SECONDS = 180  # that a server may take to load
 WARM = 64  # requests before the first round
 LOADS = ("many", "half", "even", "one")  # clients that ask again, arrivals (two kinds), one client
 SAMPLES = 200  # of the memory, over a long run
-PACKAGES = ("jax", "jaxlib", "starlette", "uvicorn", "uvloop", "simplejpeg")
+PACKAGES = ("jax", "jaxlib", "starlette", "uvicorn", "httptools", "uvloop", "simplejpeg")
 PEER_PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "uvloop", "httptools", "pillow")
 
 
