@@ -12,6 +12,7 @@ is over; that rule is right for every device.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -127,7 +128,8 @@ class Batches:
         self._pools: list[Executor] = [pool for pool in (self._readers, self._pool) if pool]
         self._finalizer = weakref.finalize(self, _shut_down, self._pools, self._stop, wait=False)
         if self._pool is not None:
-            self._launch(self._ahead)
+            with _told_if_killed():
+                self._launch(self._ahead)
 
     def __iter__(self) -> "Batches":
         return self
@@ -142,18 +144,15 @@ class Batches:
                 rows.fill(self._make, job, batch["image"], piece, None) for piece in job.pieces()
             ]
             return self._finished(batch, pieces)
-        self._launch(self._ahead + 1)
+        with _told_if_killed():
+            self._launch(self._ahead + 1)
         if not self._flight:
             raise StopIteration
         job, batch, futures = self._flight.popleft()
-        # In order of rows, so that the first row's error is the one raised.
-        try:
-            return self._finished(batch, [future.result() for future in futures])
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a loader process was killed, perhaps for want of memory; lower "
-                "--config.loader.processes and run the same command again"
-            ) from error
+        with _told_if_killed():
+            # In order of rows, so that the first row's error is the one raised.
+            pieces = [future.result() for future in futures]
+        return self._finished(batch, pieces)
 
     def recycle(self, batch: Batch) -> None:
         """Takes back the memory of a batch that nothing reads any more, for a batch to come."""
@@ -370,6 +369,18 @@ def cores() -> int:
 def default_threads() -> int:
     """One a core, but no more than a process can keep busy."""
     return min(cores(), MAX_DEFAULT_THREADS)
+
+
+@contextlib.contextmanager
+def _told_if_killed() -> Iterator[None]:
+    # Met where work is handed out, too, once the pool has noticed.
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a loader process was killed, perhaps for want of memory; lower "
+            "--config.loader.processes and run the same command again"
+        ) from error
 
 
 def _shut_down(pools: list[Executor], stop: threading.Event, *, wait: bool) -> None:

@@ -558,7 +558,8 @@ def test_processes_make_the_same_batches_without_jax():
     assert same(batches(processes=2), batches(threads=0))
 
 
-def test_a_killed_process_is_told():
+@pytest.mark.parametrize("noticed", [False, True], ids=["at once", "later"])
+def test_a_killed_process_is_told(noticed):
     with trained(Slow(500), pad_crop(short=8, padding=0), batch_size=100, processes=1) as batches:
         next(batches)
         (child,) = multiprocessing.active_children()
@@ -566,6 +567,8 @@ def test_a_killed_process_is_told():
         os.kill(child.pid, signal.SIGTERM)  # meant for the run, and ignored by its workers
         next(batches)
         os.kill(child.pid, signal.SIGKILL)
+        if noticed:  # the pool takes no more work, rather than losing what it has
+            time.sleep(1)
         with pytest.raises(DataError, match="a loader process was killed"):
             for _ in range(9):
                 next(batches)

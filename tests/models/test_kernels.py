@@ -346,26 +346,31 @@ def test_threads_change_no_bit():
 
 
 SEATS = """
-import ctypes, os, sys, threading
+import collections, ctypes, os, threading
 from mobilevit_jax.models import kernels
 here = ctypes.CDLL(None).sched_getcpu
 both = set(sorted(os.sched_getaffinity(0))[:2])
-def sit(core, done, until):
-    os.sched_setaffinity(0, {core})
+def sit(stayed, done, until):
+    os.sched_setaffinity(0, {min(both)})
     os.sched_setaffinity(0, both)
     with kernels.work():
-        print(here() == core, os.sched_getaffinity(0) == both)
+        stayed.append(here() == min(both))
+        assert os.sched_getaffinity(0) == both
         done.set()
         until.wait()
-free, third = threading.Event(), threading.Event()
-for _ in range(2):  # the second one finds the first on its core
-    done = threading.Event()
-    threading.Thread(target=sit, args=(min(both), done, free)).start()
-    done.wait()
-last = threading.Thread(target=sit, args=(min(both), third, third))  # no core is free: it stays
-last.start()
-last.join()
-free.set()
+def seated():
+    stayed, free, threads = [], threading.Event(), []
+    for _ in range(3):  # the second finds the first on its core; the third finds no core free
+        done = threading.Event()
+        threads.append(threading.Thread(target=sit, args=(stayed, done, free)))
+        threads[-1].start()
+        done.wait(10)
+    free.set()
+    for thread in threads:
+        thread.join()
+    return stayed
+kernels.library()
+print(collections.Counter(str(seated()) for _ in range(21)).most_common(1)[0][0])
 """
 
 
@@ -375,8 +380,8 @@ free.set()
 def test_who_finds_another_on_its_core_goes_to_a_free_one():
     environment = os.environ | {"XLA_FLAGS": ""}  # one device
     done = subprocess.run([sys.executable, "-c", SEATS], env=environment, capture_output=True)
-    lines = [line.split() for line in done.stdout.decode().splitlines()]
-    assert lines == [["True", "True"], ["False", "True"], ["True", "True"]], done.stderr.decode()
+    # Of many tries, as Linux itself moves threads now and then, the more the busier it is.
+    assert done.stdout.decode().strip() == "[True, False, True]", done.stderr.decode()
 
 
 def test_it_can_be_switched_off():
