@@ -173,7 +173,7 @@ class Batcher:
             self._inside -= 1
 
     def _decode(self, decode: Callable[[Image], None], future: Future[Any]) -> None:
-        image, failure = np.zeros((*self._size, 3), np.uint8), None
+        image, failure = np.empty((*self._size, 3), np.uint8), None
         if not future.cancelled():
             try:
                 decode(image)
@@ -222,9 +222,10 @@ class Batcher:
         ready = [each for each in ready if each.future.set_running_or_notify_cancel()]
         if not ready:
             return
-        images = np.zeros((size, *self._size, 3), np.uint8)
+        images = np.empty((size, *self._size, 3), np.uint8)
         for row, each in enumerate(ready):
             images[row] = each.image
+        images[len(ready) :] = 0
         begin, rows, failure = time.monotonic(), None, None
         try:
             rows = self._compute(images)
