@@ -294,7 +294,7 @@ def _add_export(
         "--quantize",
         choices=("fp16", "dynamic", "int8"),
         default="",
-        help="of tflite: float16 weights, int8 weights, or int8 throughout",
+        help="of tflite: float16 weights, int8 weights, or also int8 activations",
     )
     export.add_argument(
         "--calibrate",

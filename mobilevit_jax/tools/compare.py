@@ -149,7 +149,7 @@ def check_same(comparison: Comparison, name: str) -> None:
         return
     raise checkpoint.CheckpointError(
         f"{name} computes something else: on {comparison.images} {comparison.source} its logits "
-        f"differ by up to {comparison.share:.1e} of their range, and {comparison.tolerance:.0e} is "
+        f"differ by up to {comparison.share:.1e} of their range, and {comparison.tolerance:.2g} is "
         f"the tolerance ({100 * comparison.agreement:.0f} % have the same label); nothing is "
         "written"
     )

@@ -86,7 +86,8 @@ def export(
         target: directory that is not there yet, or empty.
         format: key of `FORMATS`.
         raw_input: take uint8 RGB, and do scaling, channel order, mean and deviation inside.
-        quantize: with tflite: "fp16" weights, "dynamic" (int8 weights), or "int8" throughout.
+        quantize: with tflite: "fp16" weights, "dynamic" (int8 weights), or "int8" (activations
+            too, see `litert.quantize`).
         weights: of a run: "ema" or "raw".
         checkpoint: of a run: "newest", "best" or a step.
         size: (h, w) of the images; None for the network's own.
@@ -254,7 +255,7 @@ def print_exported(exported: Exported, console: Console) -> None:
         cells += [
             f"{comparison.difference:.1e}",
             f"{comparison.share:.1e}",
-            f"{comparison.tolerance:.0e}",
+            f"{comparison.tolerance:.2g}",
             f"{100 * comparison.agreement:.0f} %",
         ]
         if comparison.latency is not None:

@@ -5,10 +5,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 from mobilevit_jax.tasks import classification, distillation
+from tests import originals
 
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = RNG.normal(size=(2, 6, 5)).astype(np.float32) * 3
@@ -35,10 +34,11 @@ def test_soft_by_hand(temperature, want):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_is_that_of_torch(temperature):
+    torch = originals.import_torch()
     student, teacher = torch.from_numpy(STUDENT), torch.from_numpy(TEACHER)
-    want = temperature**2 * F.kl_div(
-        F.log_softmax(student / temperature, dim=-1),
-        F.softmax(teacher / temperature, dim=-1),
+    want = temperature**2 * torch.nn.functional.kl_div(
+        torch.nn.functional.log_softmax(student / temperature, dim=-1),
+        torch.nn.functional.softmax(teacher / temperature, dim=-1),
         reduction="batchmean",
     )
     task = distillation.soft(TASK, num_classes=5, temperature=temperature)
@@ -65,13 +65,14 @@ def test_hard_by_hand():
 
 
 def test_hard_is_that_of_torch():
+    torch = originals.import_torch()
     student, teacher = torch.from_numpy(STUDENT), torch.from_numpy(TEACHER)
-    want = F.cross_entropy(student, teacher.argmax(-1), label_smoothing=0.2)
+    want = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), label_smoothing=0.2)
     task = distillation.hard(TASK, num_classes=5, label_smoothing=0.2)
     assert loss_of(task) == pytest.approx(float(want), rel=1e-5)
 
     target = torch.full((6, 5), 0.2 / 2).scatter(1, teacher.topk(3).indices, 0.8 / 3)
-    want = 5 * F.binary_cross_entropy_with_logits(student, target)
+    want = 5 * torch.nn.functional.binary_cross_entropy_with_logits(student, target)
     task = distillation.hard(TASK, num_classes=5, top=3, label_smoothing=0.2)
     assert loss_of(task) == pytest.approx(float(want), rel=1e-5)
 

@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 from mobilevit_jax.tasks import classification, range_augment
+from tests import originals
 
 TASK = classification.classification(label_smoothing=0.1)
 
@@ -46,11 +45,12 @@ def test_loss_by_hand():
 
 
 def test_loss_is_that_of_torch():
+    torch = originals.import_torch()
     image, augmented = np.random.default_rng(0).random((2, 6, 5, 4, 3), np.float32)
     augmented = 0.9 * image + 0.1 * augmented
     error = torch.from_numpy(((augmented - image) * 255) ** 2).mean((1, 2, 3))
     target = error + torch.tensor([-300.0, -0.9, -0.1, 0.2, 0.99, 300.0])
-    want = F.smooth_l1_loss(error, target, reduction="none") * 100 / 65025
+    want = torch.nn.functional.smooth_l1_loss(error, target, reduction="none") * 100 / 65025
     got = range_augment.augmentation_loss(
         jnp.asarray(image), jnp.asarray(augmented), jnp.asarray(target.numpy())
     )

@@ -357,6 +357,8 @@ def test_an_unknown_format(native, tmp_path):
 
 @pytest.mark.parametrize("format", ["hf", "timm", "cvnets"])
 def test_networks_that_the_others_do_not_have(format, tmp_path):
+    if format == "cvnets":
+        originals.import_torch()
     source = native_directory(tmp_path / "source", fields={"strides": (1, 1, 2, 2, 2, 2)})
     with pytest.raises(build.ConfigError, match=r"no network with strides \(1, 1, .*native"):
         convert.convert(source, tmp_path / "target", format=format)
