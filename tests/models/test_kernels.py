@@ -350,12 +350,13 @@ import collections, ctypes, os, threading
 from mobilevit_jax.models import kernels
 here = ctypes.CDLL(None).sched_getcpu
 both = set(sorted(os.sched_getaffinity(0))[:2])
+kept = []
 def sit(stayed, done, until):
     os.sched_setaffinity(0, {min(both)})
     os.sched_setaffinity(0, both)
     with kernels.work():
         stayed.append(here() == min(both))
-        assert os.sched_getaffinity(0) == both
+        kept.append(os.sched_getaffinity(0) == both)
         done.set()
         until.wait()
 def seated():
@@ -370,7 +371,7 @@ def seated():
         thread.join()
     return stayed
 kernels.library()
-print(collections.Counter(str(seated()) for _ in range(21)).most_common(1)[0][0])
+print(collections.Counter(str(seated()) for _ in range(21)).most_common(1)[0][0], all(kept))
 """
 
 
@@ -381,7 +382,7 @@ def test_who_finds_another_on_its_core_goes_to_a_free_one():
     environment = os.environ | {"XLA_FLAGS": ""}  # one device
     done = subprocess.run([sys.executable, "-c", SEATS], env=environment, capture_output=True)
     # Of many tries, as Linux itself moves threads now and then, the more the busier it is.
-    assert done.stdout.decode().strip() == "[True, False, True]", done.stderr.decode()
+    assert done.stdout.decode().strip() == "[True, False, True] True", done.stderr.decode()
 
 
 def test_it_can_be_switched_off():
