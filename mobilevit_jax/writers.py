@@ -239,7 +239,12 @@ class _WandbRun:
 
     def finish(self, *, finished: bool) -> None:
         """Ends the run; anything but 0 is shown as failed."""
+        import wandb
+
         self._run.finish(exit_code=0 if finished else 1)
+        # W&B's own process writes the last 32 KiB of a run's file after that, and a container that
+        # ends with ours would end it first: wait for it.
+        wandb.teardown()
 
 
 def _sync_later(workdir: Path) -> str:

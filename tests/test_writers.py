@@ -28,13 +28,10 @@ def _alone(monkeypatch):
         if name.startswith(("WANDB_", "MLFLOW_")):
             monkeypatch.delenv(name)
     yield
-    os.environ.pop("WANDB_SERVICE", None)
     for thread in threading.enumerate():  # none tries again beneath a later test
         if thread.name.startswith("writer-"):
             thread.join(60)
             assert not thread.is_alive()
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # it reads the environment once in a process
 
 
 def start(workdir, writer, *, step=0):
@@ -100,6 +97,7 @@ def test_wandb_offline_goes_on_with_its_run_and_sends_nothing_twice(tmp_path, mo
     with start(workdir, "wandb", step=4) as run:  # the evaluation of step 6 had not been sent
         for step in (6, 8):
             run.scalars(step, {"train/loss": 9.0, "val/top1": step / 10})
+    assert "WANDB_SERVICE" not in os.environ  # its process, which wrote the files, has ended
     (second,) = set((workdir / "wandb").glob("offline-run-*")) - {first}
     first_id, config, rows, code = wandb_run(first)
     assert config["optimizer.lr"] == 2e-3
