@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from mobilevit_jax.data.record import Source
     from mobilevit_jax.tools.predict import Prediction
+    from mobilevit_jax.tools.pretrained import Loaded
     from mobilevit_jax.tools.space import Space
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
@@ -618,10 +619,20 @@ def _train_in(
         build.resolve(config, pretrained.describe, workdir=workdir),
         workdir,
         command=command,
-        load=lambda reference: pretrained.read(reference).pretrained.variables,
+        load=lambda reference: _read(reference).pretrained.variables,
         trace_steps=args.profile,
         dry_run=args.dry_run,
     )
+
+
+def _read(reference: str, *, weights: str = "ema", checkpoint: str = "newest") -> "Loaded":
+    """`pretrained.read`, and says what one should know of the weights."""
+    from mobilevit_jax.tools import pretrained
+
+    loaded = pretrained.read(reference, weights=weights, checkpoint=checkpoint)
+    for note in loaded.notes:
+        _show_warning(note)
+    return loaded
 
 
 def _sweep(
@@ -766,7 +777,7 @@ def _evaluate(
         run = pretrained.load_run(workdir, config=config, which=which)
         network, weights, about = run.network, run.weights, {"step": run.step}
     else:
-        loaded = pretrained.read(reference, checkpoint=args.checkpoint).pretrained
+        loaded = _read(reference, checkpoint=args.checkpoint).pretrained
         recipe = [] if default is None else [f"--config={default}"]
         config = _load_config([*recipe, *config_arguments])
         network = build.Network(
@@ -815,12 +826,12 @@ def _cell(name: str, value: float) -> str:
 
 def _predict(args: argparse.Namespace) -> None:
     from mobilevit_jax.data.record import DataError
-    from mobilevit_jax.tools import predict, pretrained
+    from mobilevit_jax.tools import predict
 
     images = predict.find(args.images, lists=args.from_file)
     if not images:
         raise UsageError("which images? Give files, folders, patterns, - or --from-file=LIST")
-    loaded = pretrained.read(args.reference, weights=args.weights, checkpoint=args.checkpoint)
+    loaded = _read(args.reference, weights=args.weights, checkpoint=args.checkpoint)
     broken: list[DataError] = []
 
     def tell(error: DataError) -> None:

@@ -143,7 +143,8 @@ def export(
                 single=row.one_thread,
             )
             compare.check_same(comparison, f"{source} as {format}")
-        exported = Exported(target / row.file, format, _size(path), comparison, row.notes)
+        notes = (*row.notes, *(f"Note: {note}." for note in loaded.notes))
+        exported = Exported(target / row.file, format, _size(path), comparison, notes)
         config = formats.write_native(
             loaded.family,
             zoo.fields(loaded.pretrained.model),

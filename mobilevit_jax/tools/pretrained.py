@@ -67,6 +67,13 @@ class Loaded(NamedTuple):
     family: str
     source: dict[str, Any]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever uses these weights should be told."""
+        if self.source.get("weights") != "random":
+            return ()
+        return (f"the weights of {self.source['reference']} are random, not trained",)
+
 
 class Run(NamedTuple):
     """What a training run left.

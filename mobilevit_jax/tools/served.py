@@ -192,6 +192,8 @@ def load(
         ConfigError, CheckpointError: as `pretrained.load`.
     """
     loaded = pretrained.read(reference, weights=weights, checkpoint=checkpoint)
+    for each in loaded.notes:
+        note(each)
     network = loaded.pretrained
     parameters = sum(leaf.size for leaf in jax.tree.leaves(network.variables["params"]))
     variables: dict[str, Tree] = jax.device_put(folding.fold_norms(network.variables))

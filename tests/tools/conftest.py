@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -80,3 +81,14 @@ def _converted(format):
 
 
 native, hf, timm, cvnets = map(_converted, ("native", "hf", "timm", "cvnets"))
+
+
+@pytest.fixture
+def untrained(native, tmp_path):
+    """As `convert` writes a name of the zoo."""
+    directory = shutil.copytree(native, tmp_path / "untrained")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["source"] = {"reference": "mobilevitv2_050", "weights": "random"}
+    path.write_text(json.dumps(config))
+    return directory

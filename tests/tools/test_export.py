@@ -120,6 +120,11 @@ def test_stablehlo_takes_any_batch_and_names_its_platforms(native, images, tmp_p
         np.testing.assert_allclose(found, logits[:count], rtol=0, atol=1e-4 * np.ptp(logits))
 
 
+def test_random_weights_are_called_so(untrained, images, tmp_path):
+    exported = export.export(untrained, tmp_path / "x", format="stablehlo", images=images)
+    assert exported.notes[-1] == "Note: the weights of untrained are random, not trained."
+
+
 @needs("onnx")
 def test_another_size(native, images, tmp_path):
     export.export(native, tmp_path / "x", format="onnx", size=(96, 128), images=images)

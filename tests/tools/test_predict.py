@@ -195,6 +195,13 @@ def test_command_line(workdir, images, tmp_path, capsys):
     assert said == f"launch.py: --attention: {path} cannot be made: File exists\n"
 
 
+def test_random_weights_are_called_so(untrained, images, tmp_path, capsys):
+    Image.fromarray(images[0]).save(tmp_path / "x.png")
+    assert launch.main(["predict", str(untrained), str(tmp_path / "x.png")]) == 0
+    said = capsys.readouterr().err
+    assert said == "launch.py: warning: the weights of untrained are random, not trained\n"
+
+
 def tree_of(tmp_path, images):
     folder = tmp_path / "photos" / "below"
     folder.mkdir(parents=True)

@@ -132,7 +132,9 @@ def test_pytorch_weights_in_a_directory(hf, workdir, tmp_path):
 
 def test_a_zoo_name_has_random_weights(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    loaded = pretrained.load("mobilevitv2_050", num_classes=3)
+    whole = pretrained.read("mobilevitv2_050", num_classes=3)
+    assert whole.notes == ("the weights of mobilevitv2_050 are random, not trained",)
+    loaded = whole.pretrained
     assert loaded.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert tree.count(loaded.variables["params"]) == 1_370_593 - 997 * 257
     assert loaded.variables["params"]["stem"]["conv"]["kernel"].std() > 0.05

@@ -705,6 +705,23 @@ def test_reload(url, both):
     assert ask(url, JPEG).json == after
 
 
+def test_random_weights_are_called_so(untrained, version):
+    told = []
+    with concurrent.futures.ThreadPoolExecutor(1) as decoders:
+        served.load(
+            str(untrained),
+            weights="ema",
+            checkpoint="newest",
+            sizes=(1, 2),
+            before=version.programs,
+            max_delay=0.0,
+            max_waiting=4,
+            decoders=decoders,
+            note=told.append,
+        ).close()
+    assert told == ["the weights of untrained are random, not trained"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_beginning_and_ending(native, number):
     """What comes while it loads is answered, and what was accepted before the signal."""
