@@ -587,7 +587,7 @@ def test_processes_end_with_the_run():
     )
     run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=ROOT)
     worker = int(run.stdout)
-    deadline = time.perf_counter() + 10
+    deadline = time.perf_counter() + 60
     while _alive(worker) and time.perf_counter() < deadline:
         time.sleep(0.05)
     assert not _alive(worker)
@@ -610,7 +610,7 @@ def test_prefetch_works_so_far_ahead_and_no_further():
         reads.append(record.label)
 
     def settles_at(count: int) -> bool:
-        deadline = time.perf_counter() + 5
+        deadline = time.perf_counter() + 60
         while len(reads) < count and time.perf_counter() < deadline:
             time.sleep(0.005)
         time.sleep(0.05)
@@ -628,17 +628,18 @@ def test_prefetch_works_so_far_ahead_and_no_further():
 
 
 def test_close_is_prompt_and_final():
-    batches = trained(
-        Slow(1000, seconds=0.1),
-        pad_crop(short=8, padding=0),
-        seed=0,
-        batch_size=500,
-        threads=2,
-    )
-    time.sleep(0.05)
-    begin = time.perf_counter()
+    begun = []
+
+    def read(record: Record, rng: np.random.Generator, out: np.ndarray) -> None:
+        begun.append(record.label)
+        time.sleep(0.5)
+
+    batches = trained(Numbered(1000), read, seed=0, batch_size=500, threads=2)
+    while not begun:
+        time.sleep(0.01)
+    before = len(begun)
     batches.close()
-    assert time.perf_counter() - begin < 0.5  # a piece takes 0.8 s, what is in flight 50 s
+    assert len(begun) <= before + 4  # of a piece of 8 for each thread, and 500 in flight
     assert not workers()
     batches.close()
     with pytest.raises(ValueError, match="closed"):
@@ -677,7 +678,7 @@ def test_an_abandoned_iterator_stops_its_threads():
     assert workers()
     del batches
     gc.collect()
-    deadline = time.perf_counter() + 2
+    deadline = time.perf_counter() + 60
     while workers() and time.perf_counter() < deadline:
         time.sleep(0.01)
     assert not workers()

@@ -501,8 +501,8 @@ def raw(url, data, *, end=False):
 
 
 def test_slow_clients(threaded, monkeypatch):
-    monkeypatch.setattr(serve, "HEAD_SECONDS", 0.2)
-    monkeypatch.setattr(questions, "CHUNK_SECONDS", 0.2)
+    monkeypatch.setattr(serve, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(questions, "CHUNK_SECONDS", 0.5)
     for head in (b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost: x\r\nX-A: 1\r\n"):
         assert raw(threaded, head) == b""
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
