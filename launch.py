@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from mobilevit_jax.tools.space import Space
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
+LESS_MEMORY = "Lower config.batch_size, or in training raise config.accum or set config.remat"
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
 SPACE_ARGUMENT = re.compile(r"--?space\.([^=]+)=(.*)", re.DOTALL)
 
@@ -1138,6 +1139,8 @@ def main(argv: Sequence[str]) -> int:
         except Interrupted as error:
             return _fail(error, 143)
         except Exception as error:
+            if _out_of_memory(error):
+                return _fail(UsageError(f"{str(error).splitlines()[0]} {LESS_MEMORY}"), 2)
             return _fail(error, _status(error))
 
 
@@ -1162,6 +1165,12 @@ def _leave(argv: Sequence[str]) -> int:
 def _joined() -> bool:
     processes = sys.modules.get("mobilevit_jax.processes")
     return processes is not None and processes.joined()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    jax = sys.modules.get("jax")
+    kind = () if jax is None else jax.errors.JaxRuntimeError
+    return isinstance(error, kind) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _status(error: Exception) -> int:

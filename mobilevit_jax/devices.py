@@ -3,10 +3,19 @@
 A device that is not in PEAKS has no known peak, and a run on it logs no time/mfu: add a row.
 """
 
+import contextlib
 import functools
+import os
+import pathlib
 from typing import NamedTuple
 
 import jax
+
+# What a container may take, by control groups of versions 2 and 1; without a limit "max" or 2^63.
+CONTAINER = (
+    pathlib.Path("/sys/fs/cgroup/memory.max"),
+    pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 # Options of XLA for CPUs: what it leaves to the library YNNPACK, and bits of its vectors at most.
 YNNPACK, VECTORS = "xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width"
@@ -81,6 +90,22 @@ def memory() -> Memory | None:
     if stats is None:
         return None
     return Memory(stats["peak_bytes_in_use"], stats["bytes_limit"])
+
+
+def memory_limit() -> int | None:
+    """Bytes that the first device of this process has, or None where they are not known.
+
+    Devices of a CPU share what the machine has, or what a container may take of it.
+    """
+    if counted := memory():
+        return counted.limit
+    if jax.default_backend() != "cpu":
+        return None
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CONTAINER:
+        with contextlib.suppress(OSError, ValueError):
+            limit = min(limit, int(path.read_text()))
+    return limit // jax.local_device_count()
 
 
 def images_at_a_time(batch_size: int, *, devices: int = 1, kernels: bool) -> int | None:

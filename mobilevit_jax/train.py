@@ -454,10 +454,10 @@ def _compile(
         ),
     )
     reporter.note(f"predicted peak memory {forecast.bytes / 2**20:,.0f} MiB a device")
-    memory = devices.memory()
-    if memory is not None and forecast.bytes > memory.limit:
+    limit = devices.memory_limit()
+    if limit is not None and forecast.bytes > limit:
         reporter.note(
-            f"warning: a device has only {memory.limit / 2**20:,.0f} MiB; raise config.accum, "
+            f"warning: a device has only {limit / 2**20:,.0f} MiB; raise config.accum, "
             "lower config.batch_size or set config.remat"
         )
     given = [functools.partial(program, rates=rates) for program in compiled]

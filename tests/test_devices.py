@@ -1,5 +1,6 @@
 """The table of peaks, by the names that jax gives devices."""
 
+import os
 import types
 
 import jax
@@ -44,6 +45,17 @@ def test_memory_is_counted_where_the_backend_counts_it(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: stats)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert devices.memory() == devices.Memory(peak=5, limit=9)
+
+
+def test_a_cpu_has_the_memory_of_its_machine_or_container(monkeypatch, tmp_path):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(devices, "CONTAINER", (tmp_path / "none", tmp_path / "max"))
+    assert devices.memory_limit() == machine // jax.local_device_count()
+    for said, limit in (("max\n", machine), (f"{2**63}\n", machine), ("8192\n", 8192)):
+        (tmp_path / "max").write_text(said)
+        assert devices.memory_limit() == limit // jax.local_device_count()
+    monkeypatch.setattr(devices, "memory", lambda: devices.Memory(peak=5, limit=9))
+    assert devices.memory_limit() == 9
 
 
 def test_compiler_options_change_rounding_only():

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import launch
-from mobilevit_jax import checkpoint, devices, optim, schedule, steps
+from mobilevit_jax import checkpoint, devices, optim, schedule, steps, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=tests/small.py"
@@ -150,6 +150,23 @@ def test_a_later_step_is_on_disk_only_after_the_best_of_those_before(tmp_path):
         checkpoints.save_best(1, large, {"best": 0.5})
         checkpoints.save(2, small, {})
         assert checkpoint.complete_steps(tmp_path / "best") == [1]
+
+
+def test_too_little_memory_is_one_line(copied, capsys, monkeypatch):
+    shutil.rmtree(copied / "checkpoints" / "8")
+    monkeypatch.setattr(devices, "memory_limit", lambda: 2**20)
+
+    def fetch(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n")
+
+    monkeypatch.setattr(train, "_fetch", fetch)
+    assert launch.main(["train", CONFIG, f"--workdir={copied}"]) == 2
+    said = capsys.readouterr()
+    assert "warning: a device has only 1 MiB; raise config.accum, lower config.batch" in said.out
+    assert said.err.splitlines()[-1] == (
+        "launch.py: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes. Lower "
+        "config.batch_size, or in training raise config.accum or set config.remat"
+    )
 
 
 def test_memory_and_mfu_are_logged_where_the_device_is_known(copied, capsys, monkeypatch):
