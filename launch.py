@@ -57,7 +57,10 @@ if TYPE_CHECKING:
     from mobilevit_jax.tools.space import Space
 
 REFERENCE = "workdir, directory, Hub id, file of weights or zoo name"
-LESS_MEMORY = "Lower config.batch_size, or in training raise config.accum or set config.remat"
+LESS_MEMORY = (
+    "Smaller batches need less (config.batch_size, --max-batch), in training also a higher "
+    "config.accum, or config.remat"
+)
 CONFIG_ARGUMENT = re.compile(r"--?(no)?config([.=]|$)")
 SPACE_ARGUMENT = re.compile(r"--?space\.([^=]+)=(.*)", re.DOTALL)
 
@@ -1168,9 +1171,8 @@ def _joined() -> bool:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    jax = sys.modules.get("jax")
-    kind = () if jax is None else jax.errors.JaxRuntimeError
-    return isinstance(error, kind) and "RESOURCE_EXHAUSTED" in str(error)
+    devices = sys.modules.get("mobilevit_jax.devices")  # to import it takes seconds
+    return devices is not None and devices.out_of_memory(error)
 
 
 def _status(error: Exception) -> int:

@@ -108,6 +108,11 @@ def memory_limit() -> int | None:
     return limit // jax.local_device_count()
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little memory for what it was to do."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def images_at_a_time(batch_size: int, *, devices: int = 1, kernels: bool) -> int | None:
     """How many images of a batch inference works on at a time; None for all of them.
 

@@ -164,8 +164,7 @@ def test_too_little_memory_is_one_line(copied, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "warning: a device has only 1 MiB; raise config.accum, lower config.batch" in said.out
     assert said.err.splitlines()[-1] == (
-        "launch.py: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes. Lower "
-        "config.batch_size, or in training raise config.accum or set config.remat"
+        f"launch.py: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes. {launch.LESS_MEMORY}"
     )
 
 

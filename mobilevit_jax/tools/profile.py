@@ -133,7 +133,7 @@ def profile(
             f"{reference} with images of {size[0]}x{size[1]}: {error}"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not devices.out_of_memory(error):
             raise
         raise build.ConfigError(
             f"a batch of {batch_size} images of {size[0]}x{size[1]} needs more memory than the "
